@@ -1,0 +1,790 @@
+"""Knowledge distillation on Imagewoof and Imagenette: the code behind the two notebooks.
+
+The file reads in the order in which the data flows:
+
+    settings ─► download ─► uint8 images ─► batches ─┬─► teacher (frozen) ─┐
+                                                     └─► students ──► loss ◄┘ ─► metrics ─► results ─► report
+
+One stream of batches feeds every student of a cohort: a batch is drawn and augmented once, the teacher reads it once, and each
+student then takes its own step on it. Two students with the same seed therefore differ by their loss and by nothing else.
+
+Shapes: N images, B images in a batch, C classes, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+tqdm = partial(tqdm, file=sys.stdout, ncols=110, mininterval=1.0)  # stdout: notebooks paint stderr red
+
+
+# ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large a study is, and so how long it takes."""
+
+    name: str
+    image_size: int  # pixels a side
+    seeds: tuple[int, ...]  # one student of each kind per seed
+    epochs: int  # passes over `train` for every student
+    teacher_epochs: int  # passes over `train` for the teacher
+    batch_size: int
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("full", image_size=160, seeds=(0, 1, 2, 3, 4), epochs=40, teacher_epochs=3, batch_size=128),
+        Profile("gpu", image_size=160, seeds=(0, 1, 2), epochs=16, teacher_epochs=2, batch_size=128),
+        Profile("cpu", image_size=64, seeds=(0, 1), epochs=6, teacher_epochs=1, batch_size=64),
+        Profile("demo", image_size=64, seeds=(0, 1), epochs=3, teacher_epochs=2, batch_size=32),
+    )
+}
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_profile(name: str | None = None) -> Profile:
+    """The profile called `name`, or the one that the environment variable KD_PROFILE names, or the one that suits the hardware.
+
+    Raises ValueError for an unknown name.
+    """
+    name = name or os.environ.get("KD_PROFILE") or _profile_for_hardware()
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)} (argument or KD_PROFILE)")
+    return PROFILES[name]
+
+
+def _profile_for_hardware() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "full" if torch.cuda.get_device_properties(0).total_memory > 30e9 else "gpu"
+
+
+def choose_precision(device: torch.device) -> torch.dtype:
+    """The type that matrix products run in: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # Without AMX tiles, bfloat16 on a CPU measured no faster than float32.
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return torch.bfloat16 if "amx_bf16" in flags else torch.float32
+
+
+def _autocast(device: torch.device):
+    precision = choose_precision(device)
+    return torch.autocast(device.type, precision, enabled=precision is not torch.float32)
+
+
+# ── Data: from an archive to uint8 images on the device ──────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    classes: dict[str, str]  # folder name ─► name a person can read, in the order of the labels
+    counts: dict[str, int]  # images per split
+    size: int | None = None  # bytes of the archive
+    checksum: str | None = None  # of the archive, "md5:…" or "sha256:…"
+
+
+BASE_URL = "https://s3.amazonaws.com/fast-ai-imageclas"
+DEMO_SHAPES = "disc square triangle ring cross bars columns diagonals checks dots".split()
+DATASETS = {
+    "imagewoof2-160": DatasetInfo(
+        classes={
+            "n02086240": "Shih-Tzu",
+            "n02087394": "Rhodesian ridgeback",
+            "n02088364": "beagle",
+            "n02089973": "English foxhound",
+            "n02093754": "Border terrier",
+            "n02096294": "Australian terrier",
+            "n02099601": "golden retriever",
+            "n02105641": "Old English sheepdog",
+            "n02111889": "Samoyed",
+            "n02115641": "dingo",
+        },
+        counts={"train": 9025, "val": 3929},
+        size=92612825,
+        checksum="md5:3d200a7be99704a0d7509be2a9fbfe15",
+    ),
+    "imagenette2-160": DatasetInfo(
+        classes={
+            "n01440764": "tench",
+            "n02102040": "English springer",
+            "n02979186": "cassette player",
+            "n03000684": "chain saw",
+            "n03028079": "church",
+            "n03394916": "French horn",
+            "n03417042": "garbage truck",
+            "n03425413": "gas pump",
+            "n03445777": "golf ball",
+            "n03888257": "parachute",
+        },
+        counts={"train": 9469, "val": 3925},
+        size=99003388,
+        checksum="md5:e793b78cc4c9e9a4ccc0c1155377a412",
+    ),
+    "demo": DatasetInfo(classes={shape: shape for shape in DEMO_SHAPES}, counts={"train": 400, "val": 200}),
+}
+
+
+def _info(name: str) -> DatasetInfo:
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def download_dataset(name: str, root="data", base_url: str | None = None, size: int | None = None, checksum: str | None = None) -> Path:
+    """Fetches `<base_url>/<name>.tgz`, checks it, unpacks it, and returns the folder `<root>/<name>`.
+
+    An already unpacked dataset is used as it stands, after the same count of its images. `size` (bytes) and `checksum`
+    ("md5:…" or "sha256:…") replace the published ones when `base_url` (https, http or file) serves another archive; "demo" is
+    drawn here. Raises ValueError for an unknown name, a wrong size or checksum, or a wrong number of images.
+    """
+    info, root = _info(name), Path(root)
+    folder = root / name
+    if folder.exists():
+        _check_counts(folder, info)
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as scratch:  # beside the target: the rename is atomic
+        if name == "demo" and base_url is None:
+            base_url, checksum = draw_demo_archive(Path(scratch) / "source")
+        archive = Path(scratch) / f"{name}.tgz"
+        _fetch(f"{base_url or BASE_URL}/{name}.tgz", archive)
+        _check_archive(archive, size or (None if checksum else info.size), checksum or info.checksum)
+        with tarfile.open(archive) as tar:
+            tar.extractall(Path(scratch) / "unpacked", filter="data")
+        _check_counts(Path(scratch) / "unpacked" / name, info)
+        (Path(scratch) / "unpacked" / name).rename(folder)
+    return folder
+
+
+def _fetch(url: str, target: Path) -> None:
+    with urllib.request.urlopen(url, timeout=60) as response, target.open("wb") as file:
+        length = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=length, unit="B", unit_scale=True, desc=f"download {target.name}") as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def _check_archive(archive: Path, size: int | None, checksum: str | None) -> None:
+    if size is not None and archive.stat().st_size != size:
+        raise ValueError(f"{archive.name}: expected {size} bytes, got {archive.stat().st_size}; run the cell again to fetch it anew")
+    if checksum is not None:
+        kind, expected = checksum.split(":")
+        actual = file_digest(archive, kind)
+        if actual != expected:
+            raise ValueError(f"{archive.name}: expected {kind} {expected}, got {actual}; run the cell again to fetch it anew")
+
+
+def file_digest(path, kind: str = "sha256") -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def _list_images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*/*") if path.suffix.lower() in (".jpeg", ".jpg", ".png"))
+
+
+def _check_counts(folder: Path, info: DatasetInfo) -> None:
+    for split, expected in info.counts.items():
+        found = len(_list_images(folder / split))
+        if found != expected:
+            raise ValueError(f"{folder / split}: expected {expected} images, found {found}; remove {folder} and run again to fetch it anew")
+
+
+def draw_demo_archive(folder: Path) -> tuple[str, str]:
+    """Draws ten classes of shapes as JPEG files, packs them as `demo.tgz`, and returns its base URL (file://) and checksum."""
+    rng = np.random.default_rng(0)
+    for split, count in DATASETS["demo"].counts.items():
+        for index in range(count):
+            shape = DEMO_SHAPES[index % len(DEMO_SHAPES)]
+            # As in the real data, few validation names say that the image comes from ImageNet's validation set.
+            stem = f"ILSVRC2012_val_{index:08d}" if split == "val" and index < 40 else f"{shape}_{index}"
+            target = folder / "demo" / split / shape / f"{stem}.JPEG"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            mode = {3: "L", 5: "CMYK"}.get(index // 10, "RGB")  # the real data has grey-scale and CMYK files, too
+            _draw_shape(shape, rng).convert(mode).save(target, quality=90)
+    with tarfile.open(folder / "demo.tgz", "w:gz") as tar:
+        tar.add(folder / "demo", arcname="demo")
+    return folder.resolve().as_uri(), f"sha256:{file_digest(folder / 'demo.tgz')}"
+
+
+def _draw_shape(shape: str, rng: np.random.Generator) -> Image.Image:
+    width, height = (int(side) for side in rng.integers(80, 130, 2))
+    image = Image.fromarray(rng.integers(0, 90, (height, width, 3), dtype=np.uint8))
+    draw, colour = ImageDraw.Draw(image), tuple(int(value) for value in rng.integers(140, 256, 3))
+    r = rng.uniform(20, 34)
+    x, y = rng.uniform(r, width - r), rng.uniform(r, height - r)
+    box, step, line = (x - r, y - r, x + r, y + r), r / 2, max(3, int(r / 5))
+    offsets = [-r + step * (i + 0.5) for i in range(4)]
+    if shape in ("disc", "ring"):
+        draw.ellipse(box, fill=colour if shape == "disc" else None, outline=colour, width=line)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
+    elif shape == "cross":
+        draw.line([(x - r, y), (x + r, y)], colour, line), draw.line([(x, y - r), (x, y + r)], colour, line)
+    for i, a in enumerate(offsets):
+        if shape == "bars":
+            draw.line([(x - r, y + a), (x + r, y + a)], colour, line)
+        elif shape == "columns":
+            draw.line([(x + a, y - r), (x + a, y + r)], colour, line)
+        elif shape == "diagonals":
+            draw.line([(x + a - r / 2, y + r), (x + a + r / 2, y - r)], colour, line)
+        for j, b in enumerate(offsets):
+            if shape == "dots" or (shape == "checks" and (i + j) % 2):
+                paint = draw.ellipse if shape == "dots" else draw.rectangle
+                half = step / 4 if shape == "dots" else step / 2
+                paint((x + a - half, y + b - half, x + a + half, y + b + half), fill=colour)
+    return image
+
+
+@dataclass
+class Split:
+    """Decoded images with their labels."""
+
+    images: Tensor  # [N, 3, S, S] uint8
+    targets: Tensor  # [N] int64, 0 ≤ target < C
+    classes: list[str]  # C names
+    files: list[str]  # N paths below the split's folder
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def subset(self, indices: Tensor) -> Split:
+        where = indices.to(self.targets.device)
+        return Split(self.images[where], self.targets[where], self.classes, [self.files[i] for i in indices.tolist()])
+
+    def to(self, device) -> Split:
+        return Split(self.images.to(device), self.targets.to(device), self.classes, self.files)
+
+    @property
+    def never_seen(self) -> Tensor:
+        """[N] bool, on the CPU: images from ImageNet's own validation set, which no ImageNet-trained teacher was trained on."""
+        return torch.tensor([Path(file).name.startswith("ILSVRC2012_val_") for file in self.files])
+
+
+def load_images(folder, size: int, device="cpu") -> dict[str, Split]:
+    """Decodes every image of a dataset once and moves it to the device: {"train", "selection", "val"}.
+
+    Each image is scaled to a short side of `size` pixels and cropped to its centre. The result is cached beside the dataset.
+    "selection" holds 10 % of "train" (which keeps them): to make a choice, train on `selection_split(train)[0]`.
+    Raises FileNotFoundError for a missing or empty class folder and ValueError for an unreadable image, naming it.
+    """
+    folder = Path(folder)
+    splits = {split: _load_split(folder, split, size).to(device) for split in ("train", "val")}
+    splits["selection"] = selection_split(splits["train"])[1]
+    return splits
+
+
+def _load_split(folder: Path, split: str, size: int) -> Split:
+    known = DATASETS.get(folder.name)
+    classes = known.classes if known else {path.name: path.name for path in sorted((folder / split).glob("*/"))}
+    paths = [_list_class(folder / split / name) for name in classes]
+    targets = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(group) for group in paths], dtype=torch.long))
+    files = [str(path.relative_to(folder / split)) for group in paths for path in group]
+    cache = folder.parent / "cache" / f"{folder.name}-{split}-{size}px.pt"
+    if cache.exists() and (saved := torch.load(cache, weights_only=True))["files"] == files:
+        return Split(saved["images"], targets, list(classes.values()), files)
+    images = decode_images([folder / split / file for file in files], size)
+    cache.parent.mkdir(exist_ok=True)
+    torch.save({"images": images, "files": files}, cache.with_suffix(f".{os.getpid()}"))
+    cache.with_suffix(f".{os.getpid()}").rename(cache)
+    return Split(images, targets, list(classes.values()), files)
+
+
+def _list_class(folder: Path) -> list[Path]:
+    paths = _list_images(folder.parent) if not folder.name else [p for p in _list_images(folder.parent) if p.parent == folder]
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no image: every class needs at least one; remove the dataset's folder to fetch it anew")
+    return paths
+
+
+def decode_images(paths: list[Path], size: int) -> Tensor:
+    """Decodes image files into a tensor [N, 3, size, size] uint8; raises ValueError naming what cannot be read."""
+    images, unreadable = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), []
+
+    def decode(index: int) -> None:
+        try:
+            with Image.open(paths[index]) as image:
+                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            images[index] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+        except OSError as error:
+            unreadable.append(f"{paths[index]} ({error})")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(tqdm(pool.map(decode, range(len(paths))), total=len(paths), unit=" images", desc=f"decode to {size} px"))
+    if unreadable:
+        raise ValueError(f"{len(unreadable)} unreadable image(s): " + "; ".join(sorted(unreadable)[:5]))
+    return images
+
+
+def selection_split(train: Split, fraction: float = 0.1) -> tuple[Split, Split]:
+    """Splits `train` into (rest, selection): the same `fraction` of every class, the same images each time."""
+    targets, generator = train.targets.cpu(), torch.Generator().manual_seed(1998)
+    chosen = torch.zeros(len(targets), dtype=torch.bool)
+    for target in targets.unique():
+        members = (targets == target).nonzero().squeeze(1)
+        chosen[members[torch.randperm(len(members), generator=generator)[: max(1, round(fraction * len(members)))]]] = True
+    return train.subset((~chosen).nonzero().squeeze(1)), train.subset(chosen.nonzero().squeeze(1))
+
+
+# ── Batches: one augmented view per image, a pure function of (seed, epoch) ──────────────────────────────────────────────────────
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """[B, 3, S, S] with values 0…255 ─► float32 with ImageNet's channel statistics removed, channels_last."""
+    mean, std = (255 * torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return images.float().sub(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def sample_crops(count: int, size: int, generator: torch.Generator, scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3)) -> Tensor:
+    """Crop boxes [count, 4] int64 (top, left, height, width) in a size × size image, drawn as torchvision's RandomResizedCrop does."""
+    tries = 10
+    area = torch.empty(count, tries).uniform_(*scale, generator=generator) * size**2
+    aspect = torch.empty(count, tries).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator).exp()
+    width, height = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (width <= size) & (height <= size)
+    first = fits.int().argmax(1, keepdim=True)  # the first try that fits
+    width, height = (torch.where(fits.any(1), side.gather(1, first).squeeze(1), size) for side in (width, height))
+    corner = torch.rand(2, count, generator=generator)
+    top, left = (corner[0] * (size - height + 1)).long(), (corner[1] * (size - width + 1)).long()
+    return torch.stack([top, left, height, width], dim=1)
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
+    """Cuts a box out of each image, scales it back to the image's size (bilinear), and mirrors it where `flip` says so.
+
+    images [B, 3, S, S], boxes [B, 4] (top, left, height, width) in pixels, flip [B] bool ─► [B, 3, S, S] float32.
+    """
+    size = images.shape[-1]
+    top, left, height, width = boxes.to(images.device).unsqueeze(-1).float().unbind(1)  # each [B, 1]
+    centre = (torch.arange(size, device=images.device) + 0.5) / size  # [S]
+    across = torch.where(flip.to(images.device).unsqueeze(1), 1 - centre, centre)  # [B, S]
+    # Pixel coordinates to sample at; clamping keeps pixels outside the box from bleeding in at its edge.
+    x = (left + across * width - 0.5).clamp(min=left, max=left + width - 1)
+    y = (top + centre * height - 0.5).clamp(min=top, max=top + height - 1)
+    x, y = ((2 * position + 1) / size - 1 for position in (x, y))  # grid_sample's own units: −1 … 1
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # [B, S, S, 2]
+    return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+class BatchStream:
+    """Augmented batches of a split. What epoch e holds depends on (seed, e) alone, so two experiments can share one stream.
+
+    Each epoch shuffles the split and drops the last, incomplete batch.
+    """
+
+    def __init__(self, split: Split, batch_size: int, seed: int = 0):
+        self.split, self.seed = split, seed
+        self.batch_size = min(batch_size, len(split))
+        self.steps = len(split) // self.batch_size  # per epoch
+
+    def epoch(self, epoch: int):
+        """Yields (images [B, 3, S, S] float32 normalised, targets [B] int64) on the split's device."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.split), generator=generator)[: self.steps * self.batch_size]
+        for indices in order.split(self.batch_size):
+            boxes = sample_crops(len(indices), self.split.images.shape[-1], generator)
+            flip = torch.rand(len(indices), generator=generator) < 0.5
+            indices = indices.to(self.split.images.device)
+            yield normalise(crop_and_resize(self.split.images[indices], boxes, flip)), self.split.targets[indices]
+
+
+# ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class ConvBlock(nn.Module):
+    """Halves the resolution with a strided 3×3 convolution, then refines it with a residual one."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int = 1):
+        super().__init__()
+        self.reduce, self.refine = _conv(inputs, outputs, stride=2), _conv(outputs, outputs, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, inputs, S, S] ─► [B, outputs, S/2, S/2]
+        x = self.reduce(x)
+        return x + self.refine(x)
+
+
+class CustomCNN(nn.Module):
+    """A small residual network: five blocks of 32-64-128-256-512 channels, global average pooling, one linear layer; 3.5 M parameters."""
+
+    def __init__(self, num_classes: int = 10, dropout: float = 0.2):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            ConvBlock(3, 32), ConvBlock(32, 64), ConvBlock(64, 128), ConvBlock(128, 256), ConvBlock(256, 512, groups=2)
+        )  # two groups in the last block keep the network under 4 M parameters
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(512, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, S, S], S ≥ 64 ─► [B, C]
+        return self.head(self.blocks(x).mean(dim=(2, 3), keepdim=True))
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 (LeCun et al., 1998, section II.B) for RGB photographs: C1 6@5×5, C3 16@5×5, C5 120@5×5, F6 84; 62 k parameters.
+
+    Three things are adapted. C5 slides over a larger map than the paper's 5×5, and its answers are averaged over all positions, so
+    that any image of at least 64 px fits. Max pooling replaces the trainable subsampling, and ReLU the scaled tanh. C3 sees all six
+    maps, and the output layer is linear (the paper has a sparse table and radial basis functions).
+    """
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 6, 5), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(16, 120, 5), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(120, 84), nn.ReLU(inplace=True), nn.Linear(84, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, S, S], S ≥ 64 ─► [B, C]
+        return self.head(self.features(x))
+
+
+STUDENTS = {"Custom CNN": CustomCNN, "LeNet-5": LeNet5}
+
+
+def build_teacher(num_classes: int, weights: str | os.PathLike | None = "IMAGENET1K_V1") -> nn.Module:
+    """torchvision's ResNet-50 with a new linear head for `num_classes`.
+
+    `weights` is the name of torchvision's weights ("IMAGENET1K_V1"), the path of a state dict of ResNet-50 (any float type; its
+    head is dropped if it has another number of classes), or None for random weights. Raises FileNotFoundError if it is neither a
+    known name nor a file.
+    """
+    names = torchvision.models.ResNet50_Weights.__members__
+    known = names.get(str(weights)) if weights is not None else None
+    model = torchvision.models.resnet50(weights=known)
+    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    if weights is not None and known is None:
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"teacher weights {str(weights)!r}: neither a file nor one of torchvision's names ({', '.join(names)})")
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if state["fc.bias"].shape != model.fc.bias.shape:
+            state.update({f"fc.{key}": value for key, value in model.fc.state_dict().items()})
+        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    return model
+
+
+def describe_weights(weights: str | os.PathLike | None) -> dict[str, str]:
+    """The source and SHA-256 of what `build_teacher` was given, for the record."""
+    if weights is None:
+        return {"source": "random initialisation", "sha256": "none"}
+    known = torchvision.models.ResNet50_Weights.__members__.get(str(weights))
+    if known is None:
+        return {"source": f"local file {Path(weights).name}", "sha256": file_digest(weights)}
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(known.url).name
+    return {"source": f"torchvision ResNet50_Weights.{known.name}", "sha256": file_digest(file)}
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Puts a model in evaluation mode and stops all gradients to it, so that nothing in it can change."""
+    return model.eval().requires_grad_(False)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float, alpha: float) -> Tensor:
+    """alpha · T² · KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 − alpha) · CE(student, targets), a scalar, in float32.
+
+    student_logits and teacher_logits [B, C] (any float type), targets [B] int64. `alpha` in [0, 1] weighs the *distillation* term;
+    some libraries call the other term's weight alpha. T² keeps that term's gradient at the same scale for every temperature
+    (Hinton, Vinyals & Dean, 2015, section 2). Raises ValueError for T ≤ 0, alpha outside [0, 1], shapes that differ, or labels
+    out of range.
+    """
+    _check_loss_arguments(student_logits, teacher_logits, targets, temperature, alpha)
+    student, teacher = student_logits.float(), teacher_logits.detach().float()
+    cross_entropy = F.cross_entropy(student, targets)
+    soft_student = F.log_softmax(student / temperature, dim=1)
+    soft_teacher = F.log_softmax(teacher / temperature, dim=1)
+    # batchmean divides by B, as the definition does; the default, "mean", divides by B · C.
+    divergence = F.kl_div(soft_student, soft_teacher, log_target=True, reduction="batchmean")
+    return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy
+
+
+def _check_loss_arguments(student_logits, teacher_logits, targets, temperature, alpha) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha, the weight of the distillation term, must lie in [0, 1], got {alpha}")
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)} must both be [B, C]: "
+            "build student and teacher with the same num_classes"
+        )
+    if targets.shape != student_logits.shape[:1]:
+        raise ValueError(f"targets {list(targets.shape)} must be [B] = {list(student_logits.shape[:1])}")
+    if targets.device.type == "cpu":  # on a GPU this would wait for the device; `fit` checks all labels beforehand
+        check_targets(targets, student_logits.shape[1])
+
+
+def check_targets(targets: Tensor, num_classes: int) -> None:
+    """Raises ValueError unless every target lies in 0 … num_classes − 1."""
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
+        raise ValueError(f"labels must lie in 0 … {num_classes - 1}, got {int(targets.min())} … {int(targets.max())}")
+
+
+def label_loss(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+    """Cross-entropy with the labels, the loss of Experiment 1: `distillation_loss` at alpha = 0, for which no teacher is needed."""
+    return F.cross_entropy(student_logits.float(), targets)
+
+
+# ── Training: a cohort of students on one stream of batches ──────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class History:
+    """One entry per epoch; accuracies in 0 … 1."""
+
+    train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_accuracy: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Student:
+    """A network with the loss that it learns from. Its results do not depend on who else is in the cohort."""
+
+    model: nn.Module
+    name: str
+    seed: int
+    arm: str = "alone"
+    loss: object = label_loss  # called with (student_logits [B, C], teacher_logits [B, C] or None, targets [B])
+    history: History = field(default_factory=History)
+
+
+def make_students(num_classes: int, seeds, arm: str = "alone", loss=label_loss, architectures=None) -> list[Student]:
+    """One student per architecture and seed. The seed fixes the initial weights, whatever the arm."""
+    cohort = []
+    for name, architecture in (architectures or STUDENTS).items():
+        for seed in seeds:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                cohort.append(Student(architecture(num_classes), name, seed, arm, loss))
+    return cohort
+
+
+def one_cycle(step: int, total: int, warm_up: float = 0.3) -> float:
+    """The share of the peak learning rate at a step: a cosine from 1/25 up to 1, then down to 0 (Smith & Topin, 2018)."""
+    peak = warm_up * total
+    if step < peak:
+        return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / peak)) / 2
+    return (1 + math.cos(math.pi * (step - peak) / (total - peak))) / 2
+
+
+def fit(students: list[Student], train: Split, val: Split, *, epochs: int, batch_size: int, lr: float, weight_decay: float,
+        teacher: nn.Module | None = None, body_lr: float | None = None, stream_seed: int = 0) -> list[Student]:  # fmt: skip
+    """Trains every student of a cohort on the same batches, with AdamW and a one-cycle schedule, and fills their histories.
+
+    `lr` is the peak learning rate; with `body_lr`, all parameters outside the model's `fc` layer peak there instead. `teacher`
+    must be frozen (see `freeze`); it reads each batch once, for all students. Deterministic on a CPU. Raises ValueError for a
+    teacher that could change, or labels out of range.
+    """
+    if teacher is not None and (teacher.training or any(parameter.requires_grad for parameter in teacher.parameters())):
+        raise ValueError("the teacher could change while the students train: pass freeze(teacher)")
+    device, stream = train.images.device, BatchStream(train, batch_size, stream_seed)
+    for model in [student.model for student in students] + ([teacher] if teacher is not None else []):
+        model.to(device, memory_format=torch.channels_last)
+    steppers = [_Stepper(student, lr, weight_decay, body_lr, epochs * stream.steps) for student in students]
+    _check_heads(students, train)
+    print(_log_header(students))
+    with torch.random.fork_rng(), tqdm(total=epochs * stream.steps * stream.batch_size, unit=" images", unit_scale=True) as bar:
+        for epoch in range(epochs):
+            start = time.perf_counter()
+            for images, targets in stream.epoch(epoch):
+                with torch.no_grad(), _autocast(device):
+                    teacher_logits = teacher(images) if teacher is not None else None
+                for stepper in steppers:
+                    stepper.step(images, teacher_logits, targets)
+                bar.update(len(targets))
+            for stepper in steppers:
+                stepper.end_epoch(stream.steps * stream.batch_size, val)
+            bar.set_postfix_str(f"loss {np.mean([student.history.train_loss[-1] for student in students]):.3f}", refresh=False)
+            bar.write(_log_line(students, epoch, time.perf_counter() - start), file=sys.stdout)
+    return students
+
+
+class _Stepper:
+    """What one student needs for its steps: optimiser, schedule, gradient scaler and running totals."""
+
+    def __init__(self, student: Student, lr: float, weight_decay: float, body_lr: float | None, total_steps: int):
+        self.student, self.total_steps, self.steps_done = student, total_steps, 0
+        head = [p for name, p in student.model.named_parameters() if body_lr is None or name.startswith("fc.")]
+        body = [p for name, p in student.model.named_parameters() if body_lr is not None and not name.startswith("fc.")]
+        groups = [{"params": head, "peak": lr}] + ([{"params": body, "peak": body_lr}] if body else [])
+        self.device = head[0].device
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=choose_precision(self.device) is torch.float16)
+        self.totals = torch.zeros(2, device=self.device)  # sums of loss and of correct answers, read once an epoch
+
+    def step(self, images: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * one_cycle(self.steps_done, self.total_steps)
+        torch.manual_seed(self.student.seed * 1_000_003 + self.steps_done)  # paired students drop the same units
+        self.student.model.train()
+        with _autocast(self.device):
+            logits = self.student.model(images)
+        loss = self.student.loss(logits, teacher_logits, targets)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.totals += torch.stack([loss.detach() * len(targets), (logits.argmax(1) == targets).sum()])
+        self.steps_done += 1
+
+    def end_epoch(self, images_seen: int, val: Split) -> None:
+        train_loss, train_accuracy = (self.totals / images_seen).tolist()
+        self.totals.zero_()
+        scores = metrics(predict(self.student.model, val), val.targets)
+        for key, value in dict(train_loss=train_loss, train_accuracy=train_accuracy, val_loss=scores["nll"], val_accuracy=scores["accuracy"]).items():
+            getattr(self.student.history, key).append(value)
+
+
+def _check_heads(students: list[Student], train: Split) -> None:
+    for student in students:
+        with torch.no_grad():
+            logits = student.model.eval()(normalise(train.images[:1]))
+        check_targets(train.targets, logits.shape[1])
+
+
+def _names(students: list[Student]) -> list[str]:
+    return list(dict.fromkeys(student.name for student in students))
+
+
+def _log_header(students: list[Student]) -> str:
+    return "epoch" + "".join(f"  │ {name:>10}: loss  train %  val %" for name in _names(students)) + "  │ seconds"
+
+
+def _log_line(students: list[Student], epoch: int, seconds: float) -> str:
+    line = f"{epoch + 1:5d}"
+    for name in _names(students):
+        last = np.mean([[s.history.train_loss[-1], s.history.train_accuracy[-1], s.history.val_accuracy[-1]] for s in students if s.name == name], axis=0)
+        line += f"  │ {last[0]:>16.3f}  {100 * last[1]:7.1f}  {100 * last[2]:5.1f}"
+    return line + f"  │ {seconds:7.1f}"
+
+
+def fine_tune(teacher: nn.Module, train: Split, val: Split, *, epochs: int, batch_size: int, lr: float = 1e-3, weight_decay: float = 0.01) -> Student:
+    """Fine-tunes a pretrained teacher, a cohort of one whose body learns ten times slower than its new head, and freezes it."""
+    cohort = fit([Student(teacher, "ResNet-50", seed=0, arm="teacher")], train, val, epochs=epochs, batch_size=batch_size, lr=lr, body_lr=lr / 10, weight_decay=weight_decay)
+    freeze(teacher)
+    return cohort[0]
+
+
+# ── Metrics and statistics ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, split: Split, batch_size: int = 256) -> Tensor:
+    """Logits [N, C] float32, on the CPU, of the un-augmented images; leaves the model in evaluation mode."""
+    model.eval()
+    device = split.images.device
+    with _autocast(device):
+        return torch.cat([model(normalise(images)).float() for images in split.images.split(batch_size)]).cpu()
+
+
+def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Accuracy (0 … 1), negative log-likelihood (nats) and expected calibration error of logits [N, C] for targets [N]."""
+    targets = targets.cpu()
+    return {
+        "accuracy": (logits.argmax(1) == targets).double().mean().item(),
+        "nll": F.cross_entropy(logits, targets).item(),
+        "ece": expected_calibration_error(logits, targets),
+    }
+
+
+def expected_calibration_error(logits: Tensor, targets: Tensor, bins: int = 15) -> float:
+    """The mean gap between confidence and accuracy over equal-width bins of confidence (Guo et al., 2017, section 2)."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    gap = (predicted == targets).double() - confidence
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    return torch.zeros(bins, dtype=torch.double).index_add_(0, bin_of, gap).abs().sum().item() / len(targets)
+
+
+def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
+    """Counts [C, C] int64: rows are true classes, columns predicted ones."""
+    num_classes = logits.shape[1]
+    return torch.bincount(targets.cpu() * num_classes + logits.argmax(1), minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def agreement(logits: Tensor, other_logits: Tensor) -> float:
+    """The share of images for which two models give the same answer."""
+    return (logits.argmax(1) == other_logits.argmax(1)).double().mean().item()
+
+
+def t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t distribution, by integrating its density from 0."""
+    x, width = np.linspace(0, 13, 130_001, retstep=True)
+    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
+    density = np.exp(log_scale - (degrees + 1) / 2 * np.log1p(x**2 / degrees))
+    area = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * width)])
+    return float(np.interp(0.475, area, x))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its standard deviation and 95 % t-interval; with one seed, the last three are nan."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    n: int
+
+
+def interval(values) -> Interval:
+    """The mean of `values` and its 95 % t-interval. For a paired comparison, pass the differences."""
+    values = np.asarray(list(values), dtype=float)
+    if len(values) < 2:
+        return Interval(float(values.mean()), math.nan, math.nan, math.nan, len(values))
+    sd = float(values.std(ddof=1))
+    half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
+    return Interval(float(values.mean()), sd, float(values.mean() - half), float(values.mean() + half), len(values))
+
+
+def verdict(gain: Interval) -> str:
+    """"helps", "hurts", or "inconclusive" where the interval contains zero or one seed gives none."""
+    return "helps" if gain.low > 0 else "hurts" if gain.high < 0 else "inconclusive"
