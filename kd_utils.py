@@ -18,8 +18,6 @@ import io
 import json
 import math
 import os
-import platform
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -27,7 +25,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -36,11 +34,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-tqdm = partial(tqdm, file=sys.stdout, ncols=110, mininterval=1.0)  # stdout: notebooks paint stderr red
+tqdm = partial(tqdm, file=sys.stdout, ncols=100, mininterval=5.0)  # stdout: notebooks paint stderr red
 
 
 # ── Settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -63,31 +62,22 @@ PROFILES = {
     for profile in (
         Profile("full", image_size=160, seeds=(0, 1, 2, 3, 4), epochs=40, teacher_epochs=3, batch_size=128),
         Profile("gpu", image_size=160, seeds=(0, 1, 2), epochs=16, teacher_epochs=2, batch_size=128),
-        Profile("cpu", image_size=64, seeds=(0, 1), epochs=6, teacher_epochs=1, batch_size=64),
+        Profile("cpu", image_size=64, seeds=(0, 1), epochs=5, teacher_epochs=1, batch_size=64),
         Profile("demo", image_size=64, seeds=(0, 1), epochs=3, teacher_epochs=2, batch_size=32),
     )
 }
 
 
-def choose_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def choose_profile(name: str | None = None) -> Profile:
-    """The profile called `name`, or the one that the environment variable KD_PROFILE names, or the one that suits the hardware.
+    """The profile called `name`, or else the one that KD_PROFILE names, or else the one that suits the hardware.
 
     Raises ValueError for an unknown name.
     """
-    name = name or os.environ.get("KD_PROFILE") or _profile_for_hardware()
+    large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 30e9
+    name = name or os.environ.get("KD_PROFILE") or ("full" if large else "gpu" if torch.cuda.is_available() else "cpu")
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)} (argument or KD_PROFILE)")
     return PROFILES[name]
-
-
-def _profile_for_hardware() -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    return "full" if torch.cuda.get_device_properties(0).total_memory > 30e9 else "gpu"
 
 
 def choose_precision(device: torch.device) -> torch.dtype:
@@ -116,38 +106,29 @@ class DatasetInfo:
 
 
 BASE_URL = "https://s3.amazonaws.com/fast-ai-imageclas"
-DEMO_SHAPES = "disc square triangle ring cross bars columns diagonals checks dots".split()
+DEMO_SHAPES = "disc ring square diamond triangle cross saltire bars columns checks".split()
+
+
+def _classes(text: str) -> dict[str, str]:
+    return dict(entry.strip().split(" ", 1) for entry in text.split(","))
+
+
 DATASETS = {
     "imagewoof2-160": DatasetInfo(
-        classes={
-            "n02086240": "Shih-Tzu",
-            "n02087394": "Rhodesian ridgeback",
-            "n02088364": "beagle",
-            "n02089973": "English foxhound",
-            "n02093754": "Border terrier",
-            "n02096294": "Australian terrier",
-            "n02099601": "golden retriever",
-            "n02105641": "Old English sheepdog",
-            "n02111889": "Samoyed",
-            "n02115641": "dingo",
-        },
+        classes=_classes(
+            "n02086240 Shih-Tzu, n02087394 Rhodesian ridgeback, n02088364 beagle, n02089973 English foxhound, "
+            "n02093754 Border terrier, n02096294 Australian terrier, n02099601 golden retriever, "
+            "n02105641 Old English sheepdog, n02111889 Samoyed, n02115641 dingo"
+        ),
         counts={"train": 9025, "val": 3929},
         size=92612825,
         checksum="md5:3d200a7be99704a0d7509be2a9fbfe15",
     ),
     "imagenette2-160": DatasetInfo(
-        classes={
-            "n01440764": "tench",
-            "n02102040": "English springer",
-            "n02979186": "cassette player",
-            "n03000684": "chain saw",
-            "n03028079": "church",
-            "n03394916": "French horn",
-            "n03417042": "garbage truck",
-            "n03425413": "gas pump",
-            "n03445777": "golf ball",
-            "n03888257": "parachute",
-        },
+        classes=_classes(
+            "n01440764 tench, n02102040 English springer, n02979186 cassette player, n03000684 chain saw, n03028079 church, "
+            "n03394916 French horn, n03417042 garbage truck, n03425413 gas pump, n03445777 golf ball, n03888257 parachute"
+        ),
         counts={"train": 9469, "val": 3925},
         size=99003388,
         checksum="md5:e793b78cc4c9e9a4ccc0c1155377a412",
@@ -179,8 +160,8 @@ def download_dataset(name: str, root="data", base_url: str | None = None, size: 
         if name == "demo" and base_url is None:
             base_url, checksum = draw_demo_archive(Path(scratch) / "source")
         archive = Path(scratch) / f"{name}.tgz"
-        _fetch(f"{base_url or BASE_URL}/{name}.tgz", archive)
-        _check_archive(archive, size or (None if checksum else info.size), checksum or info.checksum)
+        published = checksum is None
+        _fetch(f"{base_url or BASE_URL}/{name}.tgz", archive, info.size if published else size, checksum or info.checksum)
         with tarfile.open(archive) as tar:
             tar.extractall(Path(scratch) / "unpacked", filter="data")
         _check_counts(Path(scratch) / "unpacked" / name, info)
@@ -188,23 +169,16 @@ def download_dataset(name: str, root="data", base_url: str | None = None, size: 
     return folder
 
 
-def _fetch(url: str, target: Path) -> None:
+def _fetch(url: str, target: Path, size: int | None, checksum: str | None) -> None:
     with urllib.request.urlopen(url, timeout=60) as response, target.open("wb") as file:
-        length = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=length, unit="B", unit_scale=True, desc=f"download {target.name}") as bar:
+        with tqdm(total=int(response.headers.get("Content-Length") or 0), unit="B", unit_scale=True, desc=target.name) as bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
-
-
-def _check_archive(archive: Path, size: int | None, checksum: str | None) -> None:
-    if size is not None and archive.stat().st_size != size:
-        raise ValueError(f"{archive.name}: expected {size} bytes, got {archive.stat().st_size}; run the cell again to fetch it anew")
-    if checksum is not None:
-        kind, expected = checksum.split(":")
-        actual = file_digest(archive, kind)
-        if actual != expected:
-            raise ValueError(f"{archive.name}: expected {kind} {expected}, got {actual}; run the cell again to fetch it anew")
+    found = f"{checksum.split(':')[0]}:{file_digest(target, checksum.split(':')[0])}" if checksum else None
+    if size not in (None, target.stat().st_size) or found != checksum:
+        actual = f"{target.stat().st_size} bytes, {found}"
+        raise ValueError(f"{url}: expected {size or 'any number of'} bytes, {checksum}, got {actual}; run again to fetch it anew")
 
 
 def file_digest(path, kind: str = "sha256") -> str:
@@ -213,12 +187,12 @@ def file_digest(path, kind: str = "sha256") -> str:
 
 
 def _list_images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*/*") if path.suffix.lower() in (".jpeg", ".jpg", ".png"))
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in (".jpeg", ".jpg", ".png"))
 
 
 def _check_counts(folder: Path, info: DatasetInfo) -> None:
     for split, expected in info.counts.items():
-        found = len(_list_images(folder / split))
+        found = sum(len(_list_images(folder / split / name)) for name in info.classes)
         if found != expected:
             raise ValueError(f"{folder / split}: expected {expected} images, found {found}; remove {folder} and run again to fetch it anew")
 
@@ -241,34 +215,25 @@ def draw_demo_archive(folder: Path) -> tuple[str, str]:
 
 
 def _draw_shape(shape: str, rng: np.random.Generator) -> Image.Image:
-    width, height = (int(side) for side in rng.integers(80, 130, 2))
-    image = Image.fromarray(rng.integers(0, 90, (height, width, 3), dtype=np.uint8))
-    draw, colour = ImageDraw.Draw(image), tuple(int(value) for value in rng.integers(140, 256, 3))
-    r = rng.uniform(20, 34)
-    x, y = rng.uniform(r, width - r), rng.uniform(r, height - r)
-    box, step, line = (x - r, y - r, x + r, y + r), r / 2, max(3, int(r / 5))
-    offsets = [-r + step * (i + 0.5) for i in range(4)]
-    if shape in ("disc", "ring"):
-        draw.ellipse(box, fill=colour if shape == "disc" else None, outline=colour, width=line)
-    elif shape == "square":
-        draw.rectangle(box, fill=colour)
-    elif shape == "triangle":
-        draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
-    elif shape == "cross":
-        draw.line([(x - r, y), (x + r, y)], colour, line), draw.line([(x, y - r), (x, y + r)], colour, line)
-    for i, a in enumerate(offsets):
-        if shape == "bars":
-            draw.line([(x - r, y + a), (x + r, y + a)], colour, line)
-        elif shape == "columns":
-            draw.line([(x + a, y - r), (x + a, y + r)], colour, line)
-        elif shape == "diagonals":
-            draw.line([(x + a - r / 2, y + r), (x + a + r / 2, y - r)], colour, line)
-        for j, b in enumerate(offsets):
-            if shape == "dots" or (shape == "checks" and (i + j) % 2):
-                paint = draw.ellipse if shape == "dots" else draw.rectangle
-                half = step / 4 if shape == "dots" else step / 2
-                paint((x + a - half, y + b - half, x + a + half, y + b + half), fill=colour)
-    return image
+    height, width = rng.integers(80, 130, 2)
+    radius = rng.uniform(22, 36)
+    v, u = np.ogrid[:height, :width]
+    v, u = (v - rng.uniform(radius, height - radius)) / radius, (u - rng.uniform(radius, width - radius)) / radius
+    x, y, square = np.abs(u), np.abs(v), np.maximum(np.abs(u), np.abs(v)) < 1
+    inside = {
+        "disc": np.hypot(u, v) < 1,
+        "ring": (np.hypot(u, v) < 1) & (np.hypot(u, v) > 0.6),
+        "square": square,
+        "diamond": x + y < 1,
+        "triangle": (v < 1) & (2 * x - 1 < v),
+        "cross": square & (np.minimum(x, y) < 0.25),
+        "saltire": square & (np.abs(x - y) < 0.3),
+        "bars": square & (np.floor(4 * v + 0 * u) % 2 == 0),
+        "columns": square & (np.floor(4 * u + 0 * v) % 2 == 0),
+        "checks": square & ((np.floor(3 * u) + np.floor(3 * v)) % 2 == 0),
+    }[shape]
+    background = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(np.where(inside[..., None], rng.integers(140, 256, 3, dtype=np.uint8), background))
 
 
 @dataclass
@@ -287,9 +252,6 @@ class Split:
         where = indices.to(self.targets.device)
         return Split(self.images[where], self.targets[where], self.classes, [self.files[i] for i in indices.tolist()])
 
-    def to(self, device) -> Split:
-        return Split(self.images.to(device), self.targets.to(device), self.classes, self.files)
-
     @property
     def never_seen(self) -> Tensor:
         """[N] bool, on the CPU: images from ImageNet's own validation set, which no ImageNet-trained teacher was trained on."""
@@ -304,32 +266,28 @@ def load_images(folder, size: int, device="cpu") -> dict[str, Split]:
     Raises FileNotFoundError for a missing or empty class folder and ValueError for an unreadable image, naming it.
     """
     folder = Path(folder)
-    splits = {split: _load_split(folder, split, size).to(device) for split in ("train", "val")}
+    splits = {split: _load_split(folder, split, size, device) for split in ("train", "val")}
     splits["selection"] = selection_split(splits["train"])[1]
     return splits
 
 
-def _load_split(folder: Path, split: str, size: int) -> Split:
+def _load_split(folder: Path, split: str, size: int, device) -> Split:
     known = DATASETS.get(folder.name)
     classes = known.classes if known else {path.name: path.name for path in sorted((folder / split).glob("*/"))}
-    paths = [_list_class(folder / split / name) for name in classes]
+    paths = [_list_images(folder / split / name) for name in classes]
+    empty = [str(folder / split / name) for name, group in zip(classes, paths) if not group]
+    if empty or not paths:
+        raise FileNotFoundError(f"no image in {', '.join(empty) or folder / split}: every class needs a folder with at least one")
     targets = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(group) for group in paths], dtype=torch.long))
     files = [str(path.relative_to(folder / split)) for group in paths for path in group]
     cache = folder.parent / "cache" / f"{folder.name}-{split}-{size}px.pt"
-    if cache.exists() and (saved := torch.load(cache, weights_only=True))["files"] == files:
-        return Split(saved["images"], targets, list(classes.values()), files)
-    images = decode_images([folder / split / file for file in files], size)
-    cache.parent.mkdir(exist_ok=True)
-    torch.save({"images": images, "files": files}, cache.with_suffix(f".{os.getpid()}"))
-    cache.with_suffix(f".{os.getpid()}").rename(cache)
-    return Split(images, targets, list(classes.values()), files)
-
-
-def _list_class(folder: Path) -> list[Path]:
-    paths = _list_images(folder.parent) if not folder.name else [p for p in _list_images(folder.parent) if p.parent == folder]
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no image: every class needs at least one; remove the dataset's folder to fetch it anew")
-    return paths
+    cached = torch.load(cache, weights_only=True) if cache.exists() else {"files": None}
+    if cached["files"] != files:
+        cached = {"files": files, "images": decode_images([folder / split / file for file in files], size)}
+        cache.parent.mkdir(exist_ok=True)
+        torch.save(cached, scratch := cache.with_suffix(f".{os.getpid()}"))
+        scratch.rename(cache)
+    return Split(cached["images"].to(device), targets.to(device), list(classes.values()), files)
 
 
 def decode_images(paths: list[Path], size: int) -> Tensor:
@@ -492,8 +450,10 @@ def build_teacher(num_classes: int, weights: str | os.PathLike | None = "IMAGENE
     """
     names = torchvision.models.ResNet50_Weights.__members__
     known = names.get(str(weights)) if weights is not None else None
-    model = torchvision.models.resnet50(weights=known)
-    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the new head is the same in every run
+        model = torchvision.models.resnet50(weights=known)
+        model.fc = nn.Linear(model.fc.in_features, num_classes)
     if weights is not None and known is None:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"teacher weights {str(weights)!r}: neither a file nor one of torchvision's names ({', '.join(names)})")
@@ -507,12 +467,12 @@ def build_teacher(num_classes: int, weights: str | os.PathLike | None = "IMAGENE
 def describe_weights(weights: str | os.PathLike | None) -> dict[str, str]:
     """The source and SHA-256 of what `build_teacher` was given, for the record."""
     if weights is None:
-        return {"source": "random initialisation", "sha256": "none"}
+        return {"teacher weights": "random initialisation"}
     known = torchvision.models.ResNet50_Weights.__members__.get(str(weights))
     if known is None:
-        return {"source": f"local file {Path(weights).name}", "sha256": file_digest(weights)}
+        return {"teacher weights": f"local file {Path(weights).name}", "SHA-256 of the weights": file_digest(weights)}
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(known.url).name
-    return {"source": f"torchvision ResNet50_Weights.{known.name}", "sha256": file_digest(file)}
+    return {"teacher weights": f"torchvision ResNet50_Weights.{known.name}", "SHA-256 of the weights": file_digest(file)}
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -626,12 +586,11 @@ def fit(students: list[Student], train: Split, val: Split, *, epochs: int, batch
     """
     if teacher is not None and (teacher.training or any(parameter.requires_grad for parameter in teacher.parameters())):
         raise ValueError("the teacher could change while the students train: pass freeze(teacher)")
+    check_targets(train.targets, len(train.classes))
     device, stream = train.images.device, BatchStream(train, batch_size, stream_seed)
     for model in [student.model for student in students] + ([teacher] if teacher is not None else []):
         model.to(device, memory_format=torch.channels_last)
     steppers = [_Stepper(student, lr, weight_decay, body_lr, epochs * stream.steps) for student in students]
-    _check_heads(students, train)
-    print(_log_header(students))
     with torch.random.fork_rng(), tqdm(total=epochs * stream.steps * stream.batch_size, unit=" images", unit_scale=True) as bar:
         for epoch in range(epochs):
             start = time.perf_counter()
@@ -644,7 +603,7 @@ def fit(students: list[Student], train: Split, val: Split, *, epochs: int, batch
             for stepper in steppers:
                 stepper.end_epoch(stream.steps * stream.batch_size, val)
             bar.set_postfix_str(f"loss {np.mean([student.history.train_loss[-1] for student in students]):.3f}", refresh=False)
-            bar.write(_log_line(students, epoch, time.perf_counter() - start), file=sys.stdout)
+            bar.write(_log_line(students, epoch, epochs, time.perf_counter() - start), file=sys.stdout)
     return students
 
 
@@ -679,37 +638,26 @@ class _Stepper:
     def end_epoch(self, images_seen: int, val: Split) -> None:
         train_loss, train_accuracy = (self.totals / images_seen).tolist()
         self.totals.zero_()
-        scores = metrics(predict(self.student.model, val), val.targets)
-        for key, value in dict(train_loss=train_loss, train_accuracy=train_accuracy, val_loss=scores["nll"], val_accuracy=scores["accuracy"]).items():
-            getattr(self.student.history, key).append(value)
+        scores, history = metrics(predict(self.student.model, val), val.targets), self.student.history
+        history.train_loss.append(train_loss)
+        history.train_accuracy.append(train_accuracy)
+        history.val_loss.append(scores["nll"])
+        history.val_accuracy.append(scores["accuracy"])
 
 
-def _check_heads(students: list[Student], train: Split) -> None:
-    for student in students:
-        with torch.no_grad():
-            logits = student.model.eval()(normalise(train.images[:1]))
-        check_targets(train.targets, logits.shape[1])
+def _log_line(students: list[Student], epoch: int, epochs: int, seconds: float) -> str:
+    line = f"epoch {epoch + 1}/{epochs}"
+    for name in dict.fromkeys(student.name for student in students):
+        last = [[key[-1] for key in astuple(student.history)] for student in students if student.name == name]
+        loss, train, _, val = np.mean(last, axis=0)  # over seeds
+        line += f" │ {name}: loss {loss:.3f}, train {train:.1%}, val {val:.1%}"
+    return line + f" │ {seconds:.0f} s"
 
 
-def _names(students: list[Student]) -> list[str]:
-    return list(dict.fromkeys(student.name for student in students))
-
-
-def _log_header(students: list[Student]) -> str:
-    return "epoch" + "".join(f"  │ {name:>10}: loss  train %  val %" for name in _names(students)) + "  │ seconds"
-
-
-def _log_line(students: list[Student], epoch: int, seconds: float) -> str:
-    line = f"{epoch + 1:5d}"
-    for name in _names(students):
-        last = np.mean([[s.history.train_loss[-1], s.history.train_accuracy[-1], s.history.val_accuracy[-1]] for s in students if s.name == name], axis=0)
-        line += f"  │ {last[0]:>16.3f}  {100 * last[1]:7.1f}  {100 * last[2]:5.1f}"
-    return line + f"  │ {seconds:7.1f}"
-
-
-def fine_tune(teacher: nn.Module, train: Split, val: Split, *, epochs: int, batch_size: int, lr: float = 1e-3, weight_decay: float = 0.01) -> Student:
+def fine_tune(teacher: nn.Module, train: Split, val: Split, *, epochs: int, batch_size: int, lr: float = 1e-3) -> Student:
     """Fine-tunes a pretrained teacher, a cohort of one whose body learns ten times slower than its new head, and freezes it."""
-    cohort = fit([Student(teacher, "ResNet-50", seed=0, arm="teacher")], train, val, epochs=epochs, batch_size=batch_size, lr=lr, body_lr=lr / 10, weight_decay=weight_decay)
+    cohort = [Student(teacher, "ResNet-50", seed=0, arm="teacher")]
+    fit(cohort, train, val, epochs=epochs, batch_size=batch_size, lr=lr, body_lr=lr / 10, weight_decay=0.01)
     freeze(teacher)
     return cohort[0]
 
@@ -788,3 +736,290 @@ def interval(values) -> Interval:
 def verdict(gain: Interval) -> str:
     """"helps", "hurts", or "inconclusive" where the interval contains zero or one seed gives none."""
     return "helps" if gain.low > 0 else "hurts" if gain.high < 0 else "inconclusive"
+
+
+# ── Runs: what was trained, on record ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Run:
+    """One study of one dataset: its profile, its folders, and the JSON file that each experiment leaves for the report.
+
+    Every choice has a default for the hardware and an environment variable: KD_PROFILE, KD_DATA_DIR, KD_RUNS_DIR,
+    KD_TEACHER_WEIGHTS (see `build_teacher`). Raises ValueError for an unknown dataset or profile.
+    """
+
+    def __init__(self, dataset: str, profile: str | None = None):
+        _info(dataset)
+        self.profile = choose_profile(profile)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dataset = "demo" if self.profile.name == "demo" else dataset
+        self.data_dir = Path(os.environ.get("KD_DATA_DIR", "data"))
+        self.folder = Path(os.environ.get("KD_RUNS_DIR", "runs")) / dataset / self.profile.name
+        self.teacher_weights = None if self.dataset == "demo" else os.environ.get("KD_TEACHER_WEIGHTS", "IMAGENET1K_V1")
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str):
+        """Measures the wall time of a stage, for the record."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {self.seconds[name] / 60:.1f} minutes")
+
+    def describe(self) -> dict[str, str]:
+        """What runs here: dataset, profile, device, precision and versions."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        return {
+            "dataset": self.dataset,
+            "profile": self.profile.name,
+            "device": f"{device}, {str(choose_precision(self.device)).removeprefix('torch.')}",
+            "versions": f"Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}",
+        }
+
+    def save(self, experiment: str, students: list[Student], val: Split, training: dict,
+             teacher: nn.Module | None = None, **distillation) -> None:  # fmt: skip
+        """Scores an experiment's students (and teacher) on `val` after their last epoch and writes `<folder>/<experiment>.json`."""
+        models = {student.name: student.model for student in students}
+        other = {"experiment1": "Experiment 2", "experiment2": "Experiment 1"}[experiment]  # whose time is not ours
+        teacher_logits = None
+        if teacher is not None:
+            models["ResNet-50"], teacher_logits = teacher, predict(teacher, val)
+            distillation = {**distillation, "teacher epochs": self.profile.teacher_epochs, **describe_weights(self.teacher_weights)}
+        record = {
+            "ran on": self.describe(),
+            "settings": {"image size": self.profile.image_size, "seeds": self.profile.seeds, "validation images": len(val), **training},
+            "distillation": distillation,
+            "students": [
+                {"name": s.name, "seed": s.seed, "arm": s.arm, "history": asdict(s.history), **score(predict(s.model, val), val, teacher_logits)}
+                for s in students
+            ],
+            "teacher": score(teacher_logits, val) if teacher is not None else None,
+            "costs": {name: cost(model, self.profile.image_size, self.device) for name, model in models.items()},
+            "minutes": {stage: round(seconds / 60, 1) for stage, seconds in self.seconds.items() if other not in stage},
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / f"{experiment}.json.part"
+        scratch.write_text(json.dumps(record, indent=1))
+        scratch.rename(self.folder / f"{experiment}.json")
+
+    def load(self, experiment: str) -> dict | None:
+        """What `save` wrote, or None if that experiment has not been run with this profile."""
+        path = self.folder / f"{experiment}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def score(logits: Tensor, split: Split, teacher_logits: Tensor | None = None) -> dict:
+    """All metrics of one model's logits [N, C]; a metric that does not apply is None."""
+    unseen, correct = split.never_seen, logits.argmax(1) == split.targets.cpu()
+    return {
+        **metrics(logits, split.targets),
+        "never_seen_accuracy": correct[unseen].double().mean().item() if unseen.any() else None,
+        "never_seen_images": int(unseen.sum()),
+        "agreement": agreement(logits, teacher_logits) if teacher_logits is not None else None,
+        "confusion": confusion_matrix(logits, split.targets).tolist(),
+    }
+
+
+def cost(model: nn.Module, size: int, device: torch.device) -> dict[str, float]:
+    """Parameters, multiply-adds for one image, bytes on disk, milliseconds for one image, images/s in batches of 64."""
+    single, batch = (torch.zeros(count, 3, size, size, device=device).to(memory_format=torch.channels_last) for count in (1, 64))
+    model = model.to(device).eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(single)
+    torch.save(model.state_dict(), buffer := io.BytesIO())
+    return {
+        "parameters": count_parameters(model),
+        "multiply_adds": counter.get_total_flops() // 2,
+        "bytes": buffer.tell(),
+        "latency_ms": 1000 * _median_seconds(model, single),
+        "images_per_second": 64 / _median_seconds(model, batch),
+    }
+
+
+@torch.inference_mode()
+def _median_seconds(model: nn.Module, images: Tensor, repeats: int = 10) -> float:
+    seconds = []
+    for _ in range(repeats + 2):  # two to warm up
+        start = time.perf_counter()
+        with _autocast(images.device):
+            model(images)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[2:]))
+
+
+# ── Report: tables, sentences and figures, made from the records alone ───────────────────────────────────────────────────────────
+
+COLOURS = {"alone": "#5b7a9d", "distilled": "#d1782f", "teacher": "#4d8b57"}
+
+
+def _table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in lines)
+
+
+def _percent(values: Interval | None, sign: str = "") -> str:
+    if values is None:
+        return "not run"
+    low, high = (values.low, values.high) if sign else (max(values.low, 0), min(values.high, 1))  # an accuracy stays in 0 … 1
+    mean, low, high = (f"{100 * value:{sign}.1f}" for value in (values.mean, low, high))
+    return f"{mean} (one seed: no interval)" if values.n < 2 else f"{mean} [{low}, {high}]"
+
+
+def _mean(members: list[dict], key: str, form: str) -> str:
+    return "—" if members[0][key] is None else form.format(np.mean([member[key] for member in members]))
+
+
+def accuracy_table(run: Run, experiment: str) -> str:
+    """One experiment's scores on `val`: means over seeds, the accuracy with its 95 % t-interval."""
+    record, rows = run.load(experiment), []
+    for name in dict.fromkeys(student["name"] for student in record["students"]):
+        rows.append((name, [student for student in record["students"] if student["name"] == name]))
+    rows += [("ResNet-50, the teacher", [record["teacher"]])] if record["teacher"] else []
+    header = ["network", "accuracy % [95 % interval]", f"% on {rows[0][1][0]['never_seen_images']} never-seen images",
+              "NLL", "ECE", "agrees with teacher", "seeds"]  # fmt: skip
+    return _table(header, [
+        [name, _percent(interval(m["accuracy"] for m in members)), _mean(members, "never_seen_accuracy", "{:.1%}"),
+         _mean(members, "nll", "{:.3f}"), _mean(members, "ece", "{:.3f}"), _mean(members, "agreement", "{:.1%}"), len(members)]
+        for name, members in rows
+    ])  # fmt: skip
+
+
+def cost_table(models: dict[str, dict]) -> str:
+    """Costs by network (see `cost`) as Markdown."""
+    header = ["network", "parameters", "multiply-adds per image", "size on disk", "latency of one image", "images/s in batches of 64"]
+    return _table(header, [
+        [name, f"{c['parameters']:,}", f"{c['multiply_adds'] / 1e6:,.1f} M", f"{c['bytes'] / 1e6:.2f} MB",
+         f"{c['latency_ms']:.1f} ms", f"{c['images_per_second']:,.0f}"] for name, c in models.items()
+    ])  # fmt: skip
+
+
+def compare(run: Run) -> dict[str, dict]:
+    """{student: {"alone", "distilled": {seed: accuracy}, "gain": Interval or None, …}} from the records of both experiments.
+
+    Gains are paired by seed. Raises ValueError if the two experiments ran with different settings.
+    """
+    first, second = run.load("experiment1"), run.load("experiment2")
+    if first and second:
+        both = [{**record["ran on"], **record["settings"]} for record in (first, second)]
+        differing = [f"{key}: {both[0].get(key)} / {both[1].get(key)}" for key in both[0] | both[1] if both[0].get(key) != both[1].get(key)]
+        if differing:
+            raise ValueError(f"Experiments 1 and 2 do not compare, run them again alike ({'; '.join(differing)})")
+    students: dict[str, dict] = {}
+    for arm, record in (("alone", first), ("distilled", second)):
+        for student in record["students"] if record else []:
+            students.setdefault(student["name"], {}).setdefault(arm, {})[student["seed"]] = student["accuracy"]
+    for arms in students.values():
+        pairs = sorted(arms.get("alone", {}).keys() & arms.get("distilled", {}).keys())
+        arms["gains"] = {seed: arms["distilled"][seed] - arms["alone"][seed] for seed in pairs}
+        arms["gain"] = interval(arms["gains"].values()) if pairs else None
+    return students
+
+
+def report_table(run: Run) -> str:
+    """The result in one table; says what is missing if an experiment has not been run."""
+    rows = []
+    for name, arms in compare(run).items():
+        alone, distilled = (_percent(interval(arms[arm].values())) if arm in arms else "not run" for arm in ("alone", "distilled"))
+        seeds = len(arms["gains"]) or len(arms.get("alone") or arms.get("distilled"))
+        rows.append([name, alone, distilled, _percent(arms["gain"], "+"), seeds])
+    missing = [key.replace("experiment", "Experiment ") for key in ("experiment1", "experiment2") if run.load(key) is None]
+    note = f"\n\n**{' and '.join(missing)}: not run yet with profile `{run.profile.name}`.** Run its cells, then this report again."
+    return _table(["student", "alone %", "distilled %", "gain [95 % interval]", "seeds"], rows) + (note if missing else "")
+
+
+def report_verdict(run: Run) -> str:
+    """One sentence per student, decided by the interval of its paired gains."""
+    lines = []
+    for name, arms in compare(run).items():
+        if (gain := arms["gain"]) is None:
+            lines.append(f"- **{name}: no verdict.** A gain needs both experiments.")
+            continue
+        wins = sum(value > 0 for value in arms["gains"].values())
+        seen = f"Distillation changed its accuracy by {100 * gain.mean:+.1f} points on average and won with {wins} of {gain.n} seeds."
+        decided = {
+            "helps": "The whole 95 % interval lies above zero.",
+            "hurts": "The whole 95 % interval lies below zero.",
+            "inconclusive": "The 95 % interval contains zero, so this run cannot tell the gain from chance; more seeds would narrow it.",
+        }
+        lines.append(f"- **{name}: {verdict(gain)}.** {seen} {decided[verdict(gain)] if gain.n > 1 else 'One seed gives no interval.'}")
+    return "\n".join(lines) or "- No experiment has been run yet."
+
+
+def provenance_table(run: Run) -> str:
+    """What produced the numbers: settings, device, versions, teacher weights, minutes per stage."""
+    records = {f"Experiment {key[-1]}": record for key in ("experiment1", "experiment2") if (record := run.load(key))}
+    columns = [
+        {**r["ran on"], **r["settings"], **r["distillation"], **{f"minutes: {stage}": value for stage, value in r["minutes"].items()}}
+        for r in records.values()
+    ]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    return _table(["", *records], [[key, *(column.get(key, "—") for column in columns)] for key in keys])
+
+
+def plot_images(images: Tensor, titles: list[str], columns: int = 10, normalised: bool = False) -> None:
+    """Draws images [N, 3, S, S] (uint8, or float32 from a BatchStream) in a grid with a title above each."""
+    if normalised:
+        images = images.cpu() * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    rows = math.ceil(len(images) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.5 * rows), dpi=72, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles):
+        axis.imshow(image.permute(1, 2, 0).cpu().clamp(0, 1 if normalised else 255))
+        axis.set_title(title.replace(" ", "\n", 1), fontsize=8)
+    plt.show()
+
+
+def plot_curves(students: list[Student]) -> None:
+    """Training and validation accuracy by epoch, one line per seed, one panel per kind of student."""
+    names = list(dict.fromkeys(student.name for student in students))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.2), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, names):
+        for count, student in enumerate(s for s in students if s.name == name):
+            epochs = range(1, len(student.history.val_accuracy) + 1)
+            for values, style, label in ((student.history.train_accuracy, ":", "train"), (student.history.val_accuracy, "-", "val")):
+                axis.plot(epochs, 100 * np.array(values), style, color=COLOURS[student.arm], marker=".", label=None if count else label)
+        axis.set(title=f"{name}, {students[0].arm}", xlabel="epoch", ylabel="accuracy %")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    plt.show()
+
+
+def plot_temperature(teacher: nn.Module, val: Split, temperatures=(1, 2, 4, 8)) -> None:
+    """The teacher's answer to one image, softened: of its right answers, the one given with a confidence nearest to 90 %."""
+    logits = predict(teacher, val)
+    confidence = torch.where(logits.argmax(1) == val.targets.cpu(), logits.softmax(1).max(1).values, torch.inf)
+    index = int((confidence - 0.9).abs().argmin())
+    figure, axes = plt.subplots(1, 1 + len(temperatures), figsize=(13, 2.9), layout="constrained", width_ratios=[1.2] + [1] * len(temperatures))
+    axes[0].imshow(val.images[index].permute(1, 2, 0).cpu())
+    axes[0].set_title(f"label: {val.classes[val.targets[index]]}")
+    axes[0].axis("off")
+    for axis, temperature in zip(axes[1:], temperatures):
+        axis.barh(val.classes, (logits[index] / temperature).softmax(0), color=COLOURS["teacher"])
+        axis.set(title=f"T = {temperature}", xlim=(0, 1), xlabel="probability")
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8, labelleft=axis is axes[1])
+    plt.show()
+
+
+def plot_report(run: Run) -> None:
+    """Left: each seed's accuracy alone and distilled, joined. Right: the mean gain with its 95 % interval."""
+    students = compare(run)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for place, (name, arms) in enumerate(students.items()):
+        for offset, arm in ((-0.15, "alone"), (0.15, "distilled")):
+            values = 100 * np.array(list(arms.get(arm, {}).values()))
+            left.plot(np.full(len(values), place + offset), values, "o", color=COLOURS[arm], label=None if place else arm)
+        for seed in arms["gains"]:
+            left.plot([place - 0.15, place + 0.15], [100 * arms["alone"][seed], 100 * arms["distilled"][seed]], color="#999999", zorder=0)
+        if gain := arms["gain"]:
+            half = 0 if math.isnan(gain.low) else 100 * (gain.high - gain.mean)
+            right.errorbar(100 * gain.mean, place, xerr=half, fmt="o", color=COLOURS["distilled"], capsize=5)
+            right.plot(100 * np.array(list(arms["gains"].values())), np.full(gain.n, place + 0.15), "|", color="#555555")
+    left.set(xticks=range(len(students)), xticklabels=students, ylabel="validation accuracy %", xlim=(-0.6, max(1, len(students)) - 0.4))
+    left.legend()
+    right.axvline(0, color="black", linewidth=1)
+    right.set(yticks=range(len(students)), yticklabels=students, ylim=(len(students) - 0.5, -0.5))
+    right.set(xlabel="gain by distillation, points (dot: mean, bar: 95 % interval, ticks: seeds)")
+    plt.show()
