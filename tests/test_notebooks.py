@@ -1,0 +1,82 @@
+"""The two notebooks: alike, clean, and able to run top to bottom, also without either experiment."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ["Imagewoof_KD.ipynb", "Imagenette_KD.ipynb"]
+
+
+def read(name):
+    return nbformat.read(ROOT / name, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def without(notebook, heading):
+    """The notebook without the code cells between `## heading` and the next heading of that level."""
+    inside, kept = False, []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            inside = cell.source.startswith(f"## {heading}")
+        if not (inside and cell.cell_type == "code"):
+            kept.append(cell)
+    assert len(kept) < len(notebook.cells)
+    notebook.cells = kept
+    return notebook
+
+
+def text_of(notebook):
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "\n".join(output.get("text", "") + str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
+
+
+def test_code_is_identical_but_for_the_dataset():
+    first, second = ([cell.source for cell in code_cells(read(name))] for name in NOTEBOOKS)
+    differing = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+    assert differing == [('DATASET = "imagewoof2-160"', 'DATASET = "imagenette2-160"')]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_notebook_is_clean(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert "widgets" not in notebook.metadata
+    assert (ROOT / name).stat().st_size < 1_500_000
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+    for output in (output for cell in code_cells(notebook) for output in cell.outputs):
+        assert output.output_type != "error" and output.get("name") != "stderr"
+    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 15
+    assert "class " not in "".join(cell.source for cell in code_cells(notebook))
+
+
+@pytest.mark.parametrize("removed", [None, "Experiment 1", "Experiment 2"])
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs_in_demo(name, removed, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_PROFILE", "demo")
+    monkeypatch.setenv("KD_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "runs"))
+    notebook = read(name) if removed is None else without(read(name), removed)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    text = text_of(notebook)
+    if removed is None:
+        assert text.count("inconclusive") + text.count("helps") + text.count("hurts") == 2 and "random initialisation" in text
+    else:
+        assert f"{removed}: not run yet" in text and text.count("no verdict") == 2
+    assert not [output for cell in code_cells(notebook) for output in cell.outputs if output.get("name") == "stderr"]
+
+
+def test_set_up_fetches_the_module_from_repo_url(tmp_path, monkeypatch):
+    cell = code_cells(read(NOTEBOOKS[0]))[0].source
+    served = tmp_path / "hosted" / "raw" / "HEAD"
+    served.mkdir(parents=True)
+    (served / "kd_utils.py").write_text("answer = 42\n")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    exec(cell.replace('REPO_URL = ""', f'REPO_URL = "{(tmp_path / "hosted").as_uri()}"'), {})
+    assert Path("kd_utils.py").read_text() == "answer = 42\n"

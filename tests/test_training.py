@@ -1,0 +1,279 @@
+"""Models, cohorts, metrics, statistics and the report."""
+
+import copy
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kd_utils as kd
+
+TRAINING = dict(epochs=2, batch_size=16, lr=2e-3, weight_decay=0.05)
+
+
+@pytest.fixture(scope="module")
+def train():
+    """48 images of three classes that differ in colour."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(48) % 3
+    images = torch.randint(0, 120, (48, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    images[torch.arange(48), targets] += 120
+    files = [f"{'ILSVRC2012_val_' if i < 12 else 'n0_'}{i}.JPEG" for i in range(48)]
+    return kd.Split(images, targets, ["red", "green", "blue"], files)
+
+
+def tiny_teacher(classes=3):
+    torch.manual_seed(7)
+    body = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+    return kd.freeze(body)
+
+
+def cohort(arm="alone", loss=kd.label_loss, seeds=(0,), architectures=None):
+    return kd.make_students(3, seeds, arm, loss, architectures or {"LeNet-5": kd.LeNet5})
+
+
+def same_weights(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("size", [64, 96, 160])
+@pytest.mark.parametrize("build", kd.STUDENTS.values(), ids=kd.STUDENTS)
+def test_students_take_any_size_from_64(build, size):
+    assert build(num_classes=7)(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_parameter_counts():
+    assert kd.count_parameters(kd.CustomCNN(10)) <= 4_000_000
+    # C1 + C3 + C5 + F6 + output, weights and biases
+    assert kd.count_parameters(kd.LeNet5(10)) == (75 * 6 + 6) + (150 * 16 + 16) + (400 * 120 + 120) + (120 * 84 + 84) + (84 * 10 + 10)
+
+
+def test_custom_cnn_has_five_blocks_of_the_stated_widths():
+    assert [block.reduce[0].out_channels for block in kd.CustomCNN().blocks] == [32, 64, 128, 256, 512]
+
+
+def test_teacher_is_resnet50_with_a_new_head():
+    teacher = kd.build_teacher(10, None).eval()
+    assert teacher.fc.out_features == 10 and teacher(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+    assert kd.count_parameters(teacher) == 25_557_032 - 2048 * 990 - 990  # torchvision's count less the classes that are gone
+    assert same_weights(teacher, kd.build_teacher(10, None))  # the head is seeded
+
+
+def test_teacher_from_a_half_precision_file(tmp_path):
+    source = kd.build_teacher(1000, None)
+    torch.save({key: value.half() if value.is_floating_point() else value for key, value in source.state_dict().items()}, tmp_path / "weights.pth")
+    teacher = kd.build_teacher(10, tmp_path / "weights.pth")
+    assert torch.equal(teacher.layer4[0].conv1.weight, source.layer4[0].conv1.weight.half().float())
+    assert kd.describe_weights(tmp_path / "weights.pth")["SHA-256 of the weights"] == kd.file_digest(tmp_path / "weights.pth")
+
+
+def test_missing_teacher_weights_are_named():
+    with pytest.raises(FileNotFoundError, match="'no/such/file.pth'.*IMAGENET1K_V1"):
+        kd.build_teacher(10, "no/such/file.pth")
+
+
+def test_teacher_is_bit_identical_after_training(train):
+    teacher = tiny_teacher()
+    before = copy.deepcopy(teacher)
+    loss = partial(kd.distillation_loss, temperature=2.0, alpha=0.9)
+    kd.fit(cohort("distilled", loss), train, train, teacher=teacher, **TRAINING)
+    assert same_weights(teacher, before)  # parameters and buffers
+    assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("thaw", [lambda teacher: teacher.train(), lambda teacher: teacher.requires_grad_(True)])
+def test_teacher_that_could_change_is_refused(train, thaw):
+    with pytest.raises(ValueError, match="freeze"):
+        kd.fit(cohort(), train, train, teacher=thaw(tiny_teacher()), **TRAINING)
+
+
+def test_class_counts_that_differ_are_named(train):
+    loss = partial(kd.distillation_loss, temperature=2.0, alpha=0.9)
+    with pytest.raises(ValueError, match="same num_classes"):
+        kd.fit(cohort("distilled", loss), train, train, teacher=tiny_teacher(classes=5), **TRAINING)
+
+
+def test_labels_out_of_range_are_refused_before_training(train):
+    wrong = kd.Split(train.images, train.targets + 1, train.classes, train.files)
+    with pytest.raises(ValueError, match="labels must lie in 0 … 2, got 1 … 3"):
+        kd.fit(cohort(), wrong, train, **TRAINING)
+
+
+def test_paired_students_start_identical_and_see_identical_batches(train):
+    seen = {"alone": [], "distilled": []}
+
+    def record(student_logits, teacher_logits, targets, arm):
+        seen[arm].append((student_logits.detach().clone(), targets))
+        return 0 * student_logits.sum()  # no gradient: the weights differ in nothing but decay
+
+    for arm, teacher in (("alone", None), ("distilled", tiny_teacher())):
+        students = cohort(arm, partial(record, arm=arm), architectures=kd.STUDENTS)
+        kd.fit(students, train, train, teacher=teacher, **TRAINING)
+    assert len(seen["alone"]) == 2 * 2 * 3  # students × epochs × steps
+    for (logits, targets), (other_logits, other_targets) in zip(seen["alone"], seen["distilled"], strict=True):
+        assert torch.equal(logits, other_logits) and torch.equal(targets, other_targets)  # dropout included
+
+
+def test_alpha_zero_trains_the_same_student_as_experiment_1(train):
+    loss = partial(kd.distillation_loss, temperature=4.0, alpha=0.0)
+    alone = kd.fit(cohort(), train, train, **TRAINING)[0]
+    distilled = kd.fit(cohort("distilled", loss), train, train, teacher=tiny_teacher(), **TRAINING)[0]
+    assert same_weights(alone.model, distilled.model) and alone.history == distilled.history
+
+
+def test_a_student_does_not_depend_on_its_cohort(train):
+    alone = kd.fit(cohort(architectures={"Custom CNN": kd.CustomCNN}), train, train, **TRAINING)[0]
+    among = kd.fit(cohort(seeds=(3, 0), architectures=dict(reversed(kd.STUDENTS.items()))), train, train, **TRAINING)
+    assert same_weights(alone.model, next(s.model for s in among if s.name == "Custom CNN" and s.seed == 0))
+
+
+def test_seeds_differ():
+    first, second = cohort(seeds=(0, 1))
+    assert not same_weights(first.model, second.model) and same_weights(first.model, cohort(seeds=(0,))[0].model)
+
+
+def test_training_leaves_the_global_generator_alone(train):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    kd.fit(cohort(), train, train, **TRAINING)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_training_learns_and_records_every_epoch(train):
+    student = kd.fit(cohort(architectures={"Custom CNN": kd.CustomCNN}), train, train, **{**TRAINING, "epochs": 4})[0]
+    assert [len(values) for values in vars(student.history).values()] == [4] * 4
+    assert student.history.train_loss[-1] < student.history.train_loss[0] and student.history.val_accuracy[-1] > 0.6
+
+
+def test_fine_tuning_moves_the_head_faster_and_freezes(train):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.fc(self.body(x.mean((2, 3))))
+
+    teacher = Network()
+    before = copy.deepcopy(teacher)
+    student = kd.fine_tune(teacher, train, train, epochs=1, batch_size=48, lr=1e-2)
+    moved = {name: (new - old).abs().mean() for (name, new), old in zip(teacher.named_parameters(), before.parameters())}
+    assert moved["fc.weight"] > 5 * moved["body.weight"] > 0
+    assert not teacher.training and student.arm == "teacher" and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_one_cycle_matches_torch():
+    model, total = nn.Linear(1, 1), 100
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=total, pct_start=0.3, cycle_momentum=False)
+    for step in range(total):
+        assert kd.one_cycle(step, total) == pytest.approx(optimizer.param_groups[0]["lr"], abs=0.06)
+        optimizer.step(), schedule.step()
+
+
+def test_metrics_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.5]])
+    targets = torch.tensor([0, 1, 1, 0])
+    probability = torch.sigmoid(torch.tensor([2.0, 1.0, -3.0, -0.5])).double()  # of the right class
+    scores = kd.metrics(logits, targets)
+    assert scores["accuracy"] == 0.5 and scores["nll"] == pytest.approx(-probability.log().mean().item())
+    confidence = [0.8808, 0.7311, 0.9526, 0.6225]  # four different bins, so ECE is the mean of |right − confidence|
+    assert scores["ece"] == pytest.approx(np.mean([1 - confidence[0], 1 - confidence[1], confidence[2], confidence[3]]), abs=1e-4)
+    assert kd.confusion_matrix(logits, targets).tolist() == [[1, 1], [1, 1]]
+    assert kd.agreement(logits, -logits) == 0 and kd.agreement(logits, 2 * logits) == 1
+
+
+def test_overconfidence_and_underconfidence_in_one_bin_cancel():
+    logits = torch.tensor([[0.0, 4.0]] * 10)
+    confidence = torch.sigmoid(torch.tensor(4.0)).item()
+    assert kd.expected_calibration_error(logits, torch.tensor([1] * 9 + [0])) == pytest.approx(confidence - 0.9, abs=1e-6)
+
+
+@pytest.mark.parametrize("degrees, expected", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)])
+def test_t_quantile_matches_the_tables(degrees, expected):
+    assert kd.t_quantile(degrees) == pytest.approx(expected, abs=6e-4)
+
+
+def test_interval_by_hand():
+    values = kd.interval([0.01, 0.02, 0.03])  # mean 0.02, sd 0.01, half width 4.303 · 0.01 / √3
+    assert (values.mean, values.sd, values.n) == (pytest.approx(0.02), pytest.approx(0.01), 3)
+    assert values.low == pytest.approx(0.02 - 0.02484, abs=1e-5) and values.high == pytest.approx(0.02 + 0.02484, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "gains, expected",
+    [([0.02, 0.021, 0.022], "helps"), ([-0.02, -0.021, -0.022], "hurts"), ([0.05, -0.03, 0.01], "inconclusive"), ([0.05], "inconclusive")],
+)
+def test_verdicts(gains, expected):
+    assert kd.verdict(kd.interval(gains)) == expected
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
+    return kd.Run("imagewoof2-160", "demo")
+
+
+def record(run, experiment, train, seeds=(0, 1)):
+    teacher = tiny_teacher() if experiment == "experiment2" else None
+    students = cohort("alone" if teacher is None else "distilled", seeds=seeds)
+    run.save(experiment, students, train, TRAINING, teacher, **({"temperature": 2.0, "alpha": 0.5} if teacher else {}))
+
+
+def test_report_says_what_is_missing(run, train):
+    assert "Experiment 1 and Experiment 2: not run yet" in kd.report_table(run) and "No experiment" in kd.report_verdict(run)
+    record(run, "experiment2", train)
+    assert "Experiment 1: not run yet" in kd.report_table(run) and "no verdict" in kd.report_verdict(run)
+    record(run, "experiment1", train)
+    assert "not run" not in kd.report_table(run) and "LeNet-5: inconclusive" in kd.report_verdict(run)
+
+
+def test_report_is_made_from_the_records(run, train):
+    record(run, "experiment1", train), record(run, "experiment2", train)
+    for experiment, accuracies in (("experiment1", (0.50, 0.60)), ("experiment2", (0.53, 0.62))):
+        path = run.folder / f"{experiment}.json"
+        content = json.loads(path.read_text())
+        for student, accuracy in zip(content["students"], accuracies):
+            student["accuracy"] = accuracy
+        path.write_text(json.dumps(content))
+    # gains 3 and 2 points: mean 2.5, sd 0.7071, half width 12.706 · 0.7071 / √2 = 6.353
+    assert "| LeNet-5 | 55.0 [0.0, 100.0] | 57.5 [0.3, 100.0] | +2.5 [-3.9, +8.9] | 2 |" in kd.report_table(run)
+    assert "+2.5 points on average and won with 2 of 2 seeds" in kd.report_verdict(run)
+    table = kd.provenance_table(run)
+    assert "random initialisation" in table and torch.__version__ in table and "| temperature | — | 2.0 |" in table
+
+
+def test_experiments_that_do_not_compare_are_refused(run, train):
+    record(run, "experiment1", train), record(run, "experiment2", train)
+    path = run.folder / "experiment1.json"
+    path.write_text(path.read_text().replace('"epochs": 2', '"epochs": 20'))
+    with pytest.raises(ValueError, match="do not compare.*epochs: 20 / 2"):
+        kd.report_table(run)
+
+
+def test_never_seen_accuracy_counts_only_those_images(train):
+    logits = torch.nn.functional.one_hot(train.targets, 3).float()
+    logits[:6] = logits[:6].roll(1, dims=1)  # six of the twelve never-seen images wrong
+    scores = kd.score(logits, train)
+    assert (scores["never_seen_accuracy"], scores["never_seen_images"], scores["accuracy"]) == (0.5, 12, 42 / 48)
+
+
+def test_costs_are_counted():
+    costs = kd.cost(kd.LeNet5(10), 64, torch.device("cpu"))
+    # C1 on 60², C3 on 26², C5 on 9², F6, output
+    assert costs["multiply_adds"] == 75 * 6 * 60**2 + 150 * 16 * 26**2 + 400 * 120 * 9**2 + 120 * 84 + 84 * 10
+    assert costs["parameters"] == 62_006 and 4 * 62_006 < costs["bytes"] < 4 * 62_006 + 10_000 and costs["latency_ms"] > 0
+
+
+def test_profiles(monkeypatch):
+    assert set(kd.PROFILES) == {"full", "gpu", "cpu", "demo"} and len(kd.PROFILES["full"].seeds) >= 5
+    monkeypatch.setenv("KD_PROFILE", "demo")
+    assert kd.choose_profile().name == "demo" and kd.choose_profile("cpu").name == "cpu"
+    with pytest.raises(ValueError, match="unknown profile 'fast'.*full, gpu, cpu, demo"):
+        kd.choose_profile("fast")
+    with pytest.raises(ValueError, match="unknown dataset 'imagewoof'"):
+        kd.Run("imagewoof")
