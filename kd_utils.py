@@ -63,7 +63,7 @@ PROFILES = {
         Profile("full", image_size=160, seeds=(0, 1, 2, 3, 4), epochs=40, teacher_epochs=3, batch_size=128),
         Profile("gpu", image_size=160, seeds=(0, 1, 2), epochs=16, teacher_epochs=2, batch_size=128),
         Profile("cpu", image_size=64, seeds=(0, 1), epochs=5, teacher_epochs=1, batch_size=64),
-        Profile("demo", image_size=64, seeds=(0, 1), epochs=3, teacher_epochs=2, batch_size=32),
+        Profile("demo", image_size=64, seeds=(0, 1), epochs=3, teacher_epochs=1, batch_size=32),
     )
 }
 
@@ -133,7 +133,7 @@ DATASETS = {
         size=99003388,
         checksum="md5:e793b78cc4c9e9a4ccc0c1155377a412",
     ),
-    "demo": DatasetInfo(classes={shape: shape for shape in DEMO_SHAPES}, counts={"train": 400, "val": 200}),
+    "demo": DatasetInfo(classes={shape: shape for shape in DEMO_SHAPES}, counts={"train": 300, "val": 100}),
 }
 
 
@@ -470,9 +470,9 @@ def describe_weights(weights: str | os.PathLike | None) -> dict[str, str]:
         return {"teacher weights": "random initialisation"}
     known = torchvision.models.ResNet50_Weights.__members__.get(str(weights))
     if known is None:
-        return {"teacher weights": f"local file {Path(weights).name}", "SHA-256 of the weights": file_digest(weights)}
+        return {"teacher weights": f"local file {Path(weights).name}", "SHA-256 of the teacher weights": file_digest(weights)}
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(known.url).name
-    return {"teacher weights": f"torchvision ResNet50_Weights.{known.name}", "SHA-256 of the weights": file_digest(file)}
+    return {"teacher weights": f"torchvision ResNet50_Weights.{known.name}", "SHA-256 of the teacher weights": file_digest(file)}
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -491,8 +491,8 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, targets: T
     """alpha · T² · KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 − alpha) · CE(student, targets), a scalar, in float32.
 
     student_logits and teacher_logits [B, C] (any float type), targets [B] int64. `alpha` in [0, 1] weighs the *distillation* term;
-    some libraries call the other term's weight alpha. T² keeps that term's gradient at the same scale for every temperature
-    (Hinton, Vinyals & Dean, 2015, section 2). Raises ValueError for T ≤ 0, alpha outside [0, 1], shapes that differ, or labels
+    some libraries call the other term's weight alpha. T² undoes the 1/T² by which a high temperature shrinks that term's
+    gradient (Hinton, Vinyals & Dean, 2015, section 2). Raises ValueError for T ≤ 0, alpha outside [0, 1], shapes that differ, or labels
     out of range.
     """
     _check_loss_arguments(student_logits, teacher_logits, targets, temperature, alpha)
@@ -646,11 +646,11 @@ class _Stepper:
 
 
 def _log_line(students: list[Student], epoch: int, epochs: int, seconds: float) -> str:
-    line = f"epoch {epoch + 1}/{epochs}"
+    line = f"{epoch + 1}/{epochs}"
     for name in dict.fromkeys(student.name for student in students):
         last = [[key[-1] for key in astuple(student.history)] for student in students if student.name == name]
         loss, train, _, val = np.mean(last, axis=0)  # over seeds
-        line += f" │ {name}: loss {loss:.3f}, train {train:.1%}, val {val:.1%}"
+        line += f" │ {name} loss {loss:.3f} train {train:.1%} val {val:.1%}"
     return line + f" │ {seconds:.0f} s"
 
 
@@ -820,24 +820,22 @@ def score(logits: Tensor, split: Split, teacher_logits: Tensor | None = None) ->
     }
 
 
-def cost(model: nn.Module, size: int, device: torch.device) -> dict[str, float]:
-    """Parameters, multiply-adds for one image, bytes on disk, milliseconds for one image, images/s in batches of 64."""
+def cost(model: nn.Module, size: int, device: torch.device, timed: bool = True) -> dict[str, float]:
+    """Parameters, multiply-adds for one image, bytes on disk; if `timed`, milliseconds for one image and images/s in batches of 64."""
     single, batch = (torch.zeros(count, 3, size, size, device=device).to(memory_format=torch.channels_last) for count in (1, 64))
     model = model.to(device).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(single)
     torch.save(model.state_dict(), buffer := io.BytesIO())
-    return {
-        "parameters": count_parameters(model),
-        "multiply_adds": counter.get_total_flops() // 2,
-        "bytes": buffer.tell(),
-        "latency_ms": 1000 * _median_seconds(model, single),
-        "images_per_second": 64 / _median_seconds(model, batch),
-    }
+    result = {"parameters": count_parameters(model), "multiply_adds": counter.get_total_flops() // 2, "bytes": buffer.tell()}
+    if timed:
+        result["latency_ms"] = 1000 * _median_seconds(model, single, repeats=50)
+        result["images_per_second"] = 64 / _median_seconds(model, batch, repeats=10)
+    return result
 
 
 @torch.inference_mode()
-def _median_seconds(model: nn.Module, images: Tensor, repeats: int = 10) -> float:
+def _median_seconds(model: nn.Module, images: Tensor, repeats: int) -> float:
     seconds = []
     for _ in range(repeats + 2):  # two to warm up
         start = time.perf_counter()
@@ -852,45 +850,50 @@ def _median_seconds(model: nn.Module, images: Tensor, repeats: int = 10) -> floa
 COLOURS = {"alone": "#5b7a9d", "distilled": "#d1782f", "teacher": "#4d8b57"}
 
 
-def _table(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+def _table(header: list[str], rows: list[list], align: str = "--:") -> str:
+    lines = [header, ["---"] + [align] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in lines)
 
 
-def _percent(values: Interval | None, sign: str = "") -> str:
-    if values is None:
-        return "not run"
+def _percent(values: Interval, sign: str = "") -> str:
     low, high = (values.low, values.high) if sign else (max(values.low, 0), min(values.high, 1))  # an accuracy stays in 0 … 1
-    mean, low, high = (f"{100 * value:{sign}.1f}" for value in (values.mean, low, high))
-    return f"{mean} (one seed: no interval)" if values.n < 2 else f"{mean} [{low}, {high}]"
-
-
-def _mean(members: list[dict], key: str, form: str) -> str:
-    return "—" if members[0][key] is None else form.format(np.mean([member[key] for member in members]))
+    mean, low, high = (f"{round(100 * value, 1) + 0.0:{sign}.1f}" for value in (values.mean, low, high))  # + 0.0: no "-0.0"
+    return mean if values.n < 2 else f"{mean} [{low}, {high}]"
 
 
 def accuracy_table(run: Run, experiment: str) -> str:
     """One experiment's scores on `val`: means over seeds, the accuracy with its 95 % t-interval."""
-    record, rows = run.load(experiment), []
-    for name in dict.fromkeys(student["name"] for student in record["students"]):
-        rows.append((name, [student for student in record["students"] if student["name"] == name]))
-    rows += [("ResNet-50, the teacher", [record["teacher"]])] if record["teacher"] else []
-    header = ["network", "accuracy % [95 % interval]", f"% on {rows[0][1][0]['never_seen_images']} never-seen images",
-              "NLL", "ECE", "agrees with teacher", "seeds"]  # fmt: skip
-    return _table(header, [
-        [name, _percent(interval(m["accuracy"] for m in members)), _mean(members, "never_seen_accuracy", "{:.1%}"),
-         _mean(members, "nll", "{:.3f}"), _mean(members, "ece", "{:.3f}"), _mean(members, "agreement", "{:.1%}"), len(members)]
-        for name, members in rows
-    ])  # fmt: skip
+    record = run.load(experiment)
+    groups = {s["name"]: [t for t in record["students"] if t["name"] == s["name"]] for s in record["students"]}
+    if record["teacher"]:
+        groups["ResNet-50, the teacher"] = [record["teacher"]]
+    columns = {"NLL": ("nll", "{:.3f}"), "ECE": ("ece", "{:.3f}"), "agrees with the teacher on %": ("agreement", "{:.1%}")}
+    columns = {f"% on {record['students'][0]['never_seen_images']} never-seen images": ("never_seen_accuracy", "{:.1%}"), **columns}
+    if not record["teacher"]:
+        columns.popitem()  # nobody to agree with
+    rows = []
+    for name, members in groups.items():
+        means = [_mean(members, key, form) for key, form in columns.values()]
+        rows.append([name, _percent(interval(member["accuracy"] for member in members)), *means, len(members)])
+    return _table(["network", "accuracy % [95 % interval]", *columns, "seeds"], rows)
 
 
-def cost_table(models: dict[str, dict]) -> str:
+def _mean(members: list[dict], key: str, form: str) -> str:
+    return "—" if members[0][key] is None else form.format(np.mean([member[key] for member in members])).rstrip("%")
+
+
+def cost_table(costs: dict[str, dict]) -> str:
     """Costs by network (see `cost`) as Markdown."""
-    header = ["network", "parameters", "multiply-adds per image", "size on disk", "latency of one image", "images/s in batches of 64"]
-    return _table(header, [
-        [name, f"{c['parameters']:,}", f"{c['multiply_adds'] / 1e6:,.1f} M", f"{c['bytes'] / 1e6:.2f} MB",
-         f"{c['latency_ms']:.1f} ms", f"{c['images_per_second']:,.0f}"] for name, c in models.items()
-    ])  # fmt: skip
+    columns = {  # title: (key, unit, format)
+        "parameters": ("parameters", 1, "{:,}"),
+        "multiply-adds per image": ("multiply_adds", 1e6, "{:,.1f} M"),
+        "size on disk": ("bytes", 1e6, "{:.2f} MB"),
+        "latency of one image": ("latency_ms", 1, "{:.1f} ms"),
+        "images/s in batches of 64": ("images_per_second", 1, "{:,.0f}"),
+    }
+    shown = {title: column for title, column in columns.items() if all(column[0] in row for row in costs.values())}
+    rows = [[name, *(form.format(row[key] / unit if unit > 1 else row[key]) for key, unit, form in shown.values())] for name, row in costs.items()]
+    return _table(["network", *shown], rows)
 
 
 def compare(run: Run) -> dict[str, dict]:
@@ -921,7 +924,7 @@ def report_table(run: Run) -> str:
     for name, arms in compare(run).items():
         alone, distilled = (_percent(interval(arms[arm].values())) if arm in arms else "not run" for arm in ("alone", "distilled"))
         seeds = len(arms["gains"]) or len(arms.get("alone") or arms.get("distilled"))
-        rows.append([name, alone, distilled, _percent(arms["gain"], "+"), seeds])
+        rows.append([name, alone, distilled, _percent(arms["gain"], "+") if arms["gain"] else "—", seeds])
     missing = [key.replace("experiment", "Experiment ") for key in ("experiment1", "experiment2") if run.load(key) is None]
     note = f"\n\n**{' and '.join(missing)}: not run yet with profile `{run.profile.name}`.** Run its cells, then this report again."
     return _table(["student", "alone %", "distilled %", "gain [95 % interval]", "seeds"], rows) + (note if missing else "")
@@ -935,11 +938,11 @@ def report_verdict(run: Run) -> str:
             lines.append(f"- **{name}: no verdict.** A gain needs both experiments.")
             continue
         wins = sum(value > 0 for value in arms["gains"].values())
-        seen = f"Distillation changed its accuracy by {100 * gain.mean:+.1f} points on average and won with {wins} of {gain.n} seeds."
+        seen = f"Distillation changed its accuracy by {100 * gain.mean:+.1f} points on average; it was better with {wins} of {gain.n} seeds."
         decided = {
             "helps": "The whole 95 % interval lies above zero.",
             "hurts": "The whole 95 % interval lies below zero.",
-            "inconclusive": "The 95 % interval contains zero, so this run cannot tell the gain from chance; more seeds would narrow it.",
+            "inconclusive": "The 95 % interval contains zero, so this run cannot tell the change from chance; more seeds would narrow it.",
         }
         lines.append(f"- **{name}: {verdict(gain)}.** {seen} {decided[verdict(gain)] if gain.n > 1 else 'One seed gives no interval.'}")
     return "\n".join(lines) or "- No experiment has been run yet."
@@ -953,7 +956,7 @@ def provenance_table(run: Run) -> str:
         for r in records.values()
     ]
     keys = list(dict.fromkeys(key for column in columns for key in column))
-    return _table(["", *records], [[key, *(column.get(key, "—") for column in columns)] for key in keys])
+    return _table(["", *records], [[key, *(column.get(key, "—") for column in columns)] for key in keys], align=":--")
 
 
 def plot_images(images: Tensor, titles: list[str], columns: int = 10, normalised: bool = False) -> None:
@@ -961,12 +964,12 @@ def plot_images(images: Tensor, titles: list[str], columns: int = 10, normalised
     if normalised:
         images = images.cpu() * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
     rows = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.5 * rows), dpi=72, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.7 * rows), dpi=72, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles):
         axis.imshow(image.permute(1, 2, 0).cpu().clamp(0, 1 if normalised else 255))
-        axis.set_title(title.replace(" ", "\n", 1), fontsize=8)
+        axis.set_title(title.replace(" ", "\n", 1), fontsize=10)
     plt.show()
 
 
@@ -975,14 +978,14 @@ def plot_curves(students: list[Student]) -> None:
     names = list(dict.fromkeys(student.name for student in students))
     figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.2), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names):
-        for count, student in enumerate(s for s in students if s.name == name):
-            epochs = range(1, len(student.history.val_accuracy) + 1)
-            for values, style, label in ((student.history.train_accuracy, ":", "train"), (student.history.val_accuracy, "-", "val")):
-                axis.plot(epochs, 100 * np.array(values), style, color=COLOURS[student.arm], marker=".", label=None if count else label)
-        axis.set(title=f"{name}, {students[0].arm}", xlabel="epoch", ylabel="accuracy %")
+        for student, marker in zip((s for s in students if s.name == name), "os^Dvphx"):
+            epochs, look = range(1, len(student.history.val_accuracy) + 1), dict(color=COLOURS[student.arm], marker=marker, markersize=4)
+            axis.plot(epochs, 100 * np.array(student.history.train_accuracy), ":", alpha=0.6, label=f"train, seed {student.seed}", **look)
+            axis.plot(epochs, 100 * np.array(student.history.val_accuracy), "-", label=f"val, seed {student.seed}", **look)
+        axis.set(title=f"{name}, {students[0].arm}", xlabel="epoch", ylabel="accuracy %", ylim=(0, 100))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize=8)
     plt.show()
 
 
@@ -993,11 +996,12 @@ def plot_temperature(teacher: nn.Module, val: Split, temperatures=(1, 2, 4, 8)) 
     index = int((confidence - 0.9).abs().argmin())
     figure, axes = plt.subplots(1, 1 + len(temperatures), figsize=(13, 2.9), layout="constrained", width_ratios=[1.2] + [1] * len(temperatures))
     axes[0].imshow(val.images[index].permute(1, 2, 0).cpu())
-    axes[0].set_title(f"label: {val.classes[val.targets[index]]}")
+    axes[0].set_title(f"label: {val.classes[val.targets[index]]}\nteacher: {logits[index].softmax(0).max():.0%} sure", fontsize=10)
     axes[0].axis("off")
     for axis, temperature in zip(axes[1:], temperatures):
-        axis.barh(val.classes, (logits[index] / temperature).softmax(0), color=COLOURS["teacher"])
-        axis.set(title=f"T = {temperature}", xlim=(0, 1), xlabel="probability")
+        bars = axis.barh(val.classes, (logits[index] / temperature).softmax(0), color=COLOURS["teacher"])
+        axis.bar_label(bars, fmt="{:.1%}", fontsize=7, padding=2)
+        axis.set(title=f"T = {temperature}", xlim=(0, 1.2), xticks=(0, 0.5, 1), xlabel="probability")
         axis.invert_yaxis()
         axis.tick_params(labelsize=8, labelleft=axis is axes[1])
     plt.show()
@@ -1015,11 +1019,12 @@ def plot_report(run: Run) -> None:
             left.plot([place - 0.15, place + 0.15], [100 * arms["alone"][seed], 100 * arms["distilled"][seed]], color="#999999", zorder=0)
         if gain := arms["gain"]:
             half = 0 if math.isnan(gain.low) else 100 * (gain.high - gain.mean)
-            right.errorbar(100 * gain.mean, place, xerr=half, fmt="o", color=COLOURS["distilled"], capsize=5)
+            right.errorbar(100 * gain.mean, place, xerr=half, fmt="o", color="#333333", capsize=5)
             right.plot(100 * np.array(list(arms["gains"].values())), np.full(gain.n, place + 0.15), "|", color="#555555")
     left.set(xticks=range(len(students)), xticklabels=students, ylabel="validation accuracy %", xlim=(-0.6, max(1, len(students)) - 0.4))
     left.legend()
     right.axvline(0, color="black", linewidth=1)
     right.set(yticks=range(len(students)), yticklabels=students, ylim=(len(students) - 0.5, -0.5))
-    right.set(xlabel="gain by distillation, points (dot: mean, bar: 95 % interval, ticks: seeds)")
+    right.set(xlabel="gain by distillation, points", title="dot: mean, bar: 95 % interval, ticks: seeds")
+    right.title.set_fontsize(10)
     plt.show()
