@@ -26,7 +26,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -80,6 +81,7 @@ def choose_profile(name: str | None = None) -> Profile:
     return PROFILES[name]
 
 
+@cache
 def choose_precision(device: torch.device) -> torch.dtype:
     """The type that matrix products run in: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
     if device.type == "cuda":
@@ -160,8 +162,8 @@ def download_dataset(name: str, root="data", base_url: str | None = None, size: 
         if name == "demo" and base_url is None:
             base_url, checksum = draw_demo_archive(Path(scratch) / "source")
         archive = Path(scratch) / f"{name}.tgz"
-        published = checksum is None
-        _fetch(f"{base_url or BASE_URL}/{name}.tgz", archive, info.size if published else size, checksum or info.checksum)
+        size = size or (info.size if checksum is None else None)
+        _fetch(f"{base_url or BASE_URL}/{name}.tgz", archive, size, checksum or info.checksum)
         with tarfile.open(archive) as tar:
             tar.extractall(Path(scratch) / "unpacked", filter="data")
         _check_counts(Path(scratch) / "unpacked" / name, info)
@@ -266,14 +268,14 @@ def load_images(folder, size: int, device="cpu") -> dict[str, Split]:
     Raises FileNotFoundError for a missing or empty class folder and ValueError for an unreadable image, naming it.
     """
     folder = Path(folder)
-    splits = {split: _load_split(folder, split, size, device) for split in ("train", "val")}
+    found = {path.name: path.name for path in sorted((folder / "train").glob("[!.]*/"))}
+    classes = DATASETS[folder.name].classes if folder.name in DATASETS else found
+    splits = {split: _load_split(folder, split, classes, size, device) for split in ("train", "val")}
     splits["selection"] = selection_split(splits["train"])[1]
     return splits
 
 
-def _load_split(folder: Path, split: str, size: int, device) -> Split:
-    known = DATASETS.get(folder.name)
-    classes = known.classes if known else {path.name: path.name for path in sorted((folder / split).glob("*/"))}
+def _load_split(folder: Path, split: str, classes: dict[str, str], size: int, device) -> Split:
     paths = [_list_images(folder / split / name) for name in classes]
     empty = [str(folder / split / name) for name, group in zip(classes, paths) if not group]
     if empty or not paths:
@@ -299,7 +301,7 @@ def decode_images(paths: list[Path], size: int) -> Tensor:
             with Image.open(paths[index]) as image:
                 fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
             images[index] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
-        except OSError as error:
+        except Exception as error:  # PIL raises many kinds
             unreadable.append(f"{paths[index]} ({error})")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -448,31 +450,39 @@ def build_teacher(num_classes: int, weights: str | os.PathLike | None = "IMAGENE
     head is dropped if it has another number of classes), or None for random weights. Raises FileNotFoundError if it is neither a
     known name nor a file.
     """
-    names = torchvision.models.ResNet50_Weights.__members__
-    known = names.get(str(weights)) if weights is not None else None
+    source = _find_weights(weights)
+    file = isinstance(source, Path)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the new head is the same in every run
-        model = torchvision.models.resnet50(weights=known)
+        model = torchvision.models.resnet50(weights=None if file else source, progress=False)
         model.fc = nn.Linear(model.fc.in_features, num_classes)
-    if weights is not None and known is None:
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"teacher weights {str(weights)!r}: neither a file nor one of torchvision's names ({', '.join(names)})")
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        if state["fc.bias"].shape != model.fc.bias.shape:
-            state.update({f"fc.{key}": value for key, value in model.fc.state_dict().items()})
-        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    if file:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        body = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        head = {f"fc.{key}": value for key, value in model.fc.state_dict().items()}
+        same_head = "fc.bias" in body and body["fc.bias"].shape == head["fc.bias"].shape
+        model.load_state_dict(body if same_head else {**body, **head})
     return model
+
+
+def _find_weights(weights: str | os.PathLike | None):
+    names = torchvision.models.ResNet50_Weights.__members__
+    if weights is None or str(weights) in names:
+        return names.get(str(weights))
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"teacher weights {str(weights)!r}: neither a file nor one of torchvision's names ({', '.join(names)})")
+    return Path(weights)
 
 
 def describe_weights(weights: str | os.PathLike | None) -> dict[str, str]:
     """The source and SHA-256 of what `build_teacher` was given, for the record."""
-    if weights is None:
+    source = _find_weights(weights)
+    if source is None:
         return {"teacher weights": "random initialisation"}
-    known = torchvision.models.ResNet50_Weights.__members__.get(str(weights))
-    if known is None:
-        return {"teacher weights": f"local file {Path(weights).name}", "SHA-256 of the teacher weights": file_digest(weights)}
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(known.url).name
-    return {"teacher weights": f"torchvision ResNet50_Weights.{known.name}", "SHA-256 of the teacher weights": file_digest(file)}
+    if isinstance(source, Path):
+        return {"teacher weights": f"local file {source.name}", "SHA-256 of the teacher weights": file_digest(source)}
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
+    return {"teacher weights": f"torchvision ResNet50_Weights.{source.name}", "SHA-256 of the teacher weights": file_digest(file)}
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -510,6 +520,8 @@ def _check_loss_arguments(student_logits, teacher_logits, targets, temperature, 
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha, the weight of the distillation term, must lie in [0, 1], got {alpha}")
+    if teacher_logits is None:
+        raise ValueError("there are no teacher_logits to learn from: give `fit` a teacher")
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)} must both be [B, C]: "
@@ -586,25 +598,36 @@ def fit(students: list[Student], train: Split, val: Split, *, epochs: int, batch
     """
     if teacher is not None and (teacher.training or any(parameter.requires_grad for parameter in teacher.parameters())):
         raise ValueError("the teacher could change while the students train: pass freeze(teacher)")
-    check_targets(train.targets, len(train.classes))
+    for split in (train, val):
+        check_targets(split.targets, len(train.classes))
     device, stream = train.images.device, BatchStream(train, batch_size, stream_seed)
     for model in [student.model for student in students] + ([teacher] if teacher is not None else []):
         model.to(device, memory_format=torch.channels_last)
+    for student in students:
+        _check_outputs(student, normalise(train.images[:1]), len(train.classes))
     steppers = [_Stepper(student, lr, weight_decay, body_lr, epochs * stream.steps) for student in students]
     with torch.random.fork_rng(), tqdm(total=epochs * stream.steps * stream.batch_size, unit=" images", unit_scale=True) as bar:
         for epoch in range(epochs):
             start = time.perf_counter()
-            for images, targets in stream.epoch(epoch):
+            for step, (images, targets) in enumerate(stream.epoch(epoch)):
                 with torch.no_grad(), _autocast(device):
                     teacher_logits = teacher(images) if teacher is not None else None
                 for stepper in steppers:
                     stepper.step(images, teacher_logits, targets)
+                if step % 20 == 0:  # reading the loss waits for the device, so not at every step
+                    bar.set_postfix_str(f"loss {np.mean([stepper.loss.item() for stepper in steppers]):.3f}", refresh=False)
                 bar.update(len(targets))
             for stepper in steppers:
                 stepper.end_epoch(stream.steps * stream.batch_size, val)
-            bar.set_postfix_str(f"loss {np.mean([student.history.train_loss[-1] for student in students]):.3f}", refresh=False)
             bar.write(_log_line(students, epoch, epochs, time.perf_counter() - start), file=sys.stdout)
     return students
+
+
+@torch.no_grad()
+def _check_outputs(student: Student, image: Tensor, num_classes: int) -> None:
+    outputs = student.model.eval()(image).shape[1]
+    if outputs != num_classes:
+        raise ValueError(f"{student.name} has {outputs} outputs for {num_classes} classes: build it with num_classes={num_classes}")
 
 
 class _Stepper:
@@ -614,6 +637,8 @@ class _Stepper:
         self.student, self.total_steps, self.steps_done = student, total_steps, 0
         head = [p for name, p in student.model.named_parameters() if body_lr is None or name.startswith("fc.")]
         body = [p for name, p in student.model.named_parameters() if body_lr is not None and not name.startswith("fc.")]
+        if not head:
+            raise ValueError(f"{student.name} has no layer called fc to be its head, which fine-tuning needs")
         groups = [{"params": head, "peak": lr}] + ([{"params": body, "peak": body_lr}] if body else [])
         self.device = head[0].device
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
@@ -632,7 +657,8 @@ class _Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.totals += torch.stack([loss.detach() * len(targets), (logits.argmax(1) == targets).sum()])
+        self.loss = loss.detach()
+        self.totals += torch.stack([self.loss * len(targets), (logits.argmax(1) == targets).sum()])
         self.steps_done += 1
 
     def end_epoch(self, images_seen: int, val: Split) -> None:
@@ -714,7 +740,7 @@ def t_quantile(degrees: int) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its standard deviation and 95 % t-interval; with one seed, the last three are nan."""
+    """A mean over seeds with its standard deviation and 95 % t-interval, which is nan where the seeds do not differ."""
 
     mean: float
     sd: float
@@ -726,15 +752,13 @@ class Interval:
 def interval(values) -> Interval:
     """The mean of `values` and its 95 % t-interval. For a paired comparison, pass the differences."""
     values = np.asarray(list(values), dtype=float)
-    if len(values) < 2:
-        return Interval(float(values.mean()), math.nan, math.nan, math.nan, len(values))
-    sd = float(values.std(ddof=1))
-    half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
+    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values)) if sd > 1e-9 else math.nan
     return Interval(float(values.mean()), sd, float(values.mean() - half), float(values.mean() + half), len(values))
 
 
 def verdict(gain: Interval) -> str:
-    """"helps", "hurts", or "inconclusive" where the interval contains zero or one seed gives none."""
+    """"helps", "hurts", or "inconclusive" where the interval contains zero or there is none."""
     return "helps" if gain.low > 0 else "hurts" if gain.high < 0 else "inconclusive"
 
 
@@ -756,6 +780,7 @@ class Run:
         self.data_dir = Path(os.environ.get("KD_DATA_DIR", "data"))
         self.folder = Path(os.environ.get("KD_RUNS_DIR", "runs")) / dataset / self.profile.name
         self.teacher_weights = None if self.dataset == "demo" else os.environ.get("KD_TEACHER_WEIGHTS", "IMAGENET1K_V1")
+        _find_weights(self.teacher_weights)  # a wrong name is better known now than after Experiment 1
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -858,7 +883,7 @@ def _table(header: list[str], rows: list[list], align: str = "--:") -> str:
 def _percent(values: Interval, sign: str = "") -> str:
     low, high = (values.low, values.high) if sign else (max(values.low, 0), min(values.high, 1))  # an accuracy stays in 0 … 1
     mean, low, high = (f"{round(100 * value, 1) + 0.0:{sign}.1f}" for value in (values.mean, low, high))  # + 0.0: no "-0.0"
-    return mean if values.n < 2 else f"{mean} [{low}, {high}]"
+    return f"{mean} [no interval]" if math.isnan(values.low) else f"{mean} [{low}, {high}]"
 
 
 def accuracy_table(run: Run, experiment: str) -> str:
@@ -874,7 +899,8 @@ def accuracy_table(run: Run, experiment: str) -> str:
     rows = []
     for name, members in groups.items():
         means = [_mean(members, key, form) for key, form in columns.values()]
-        rows.append([name, _percent(interval(member["accuracy"] for member in members)), *means, len(members)])
+        accuracy = interval(member["accuracy"] for member in members)
+        rows.append([name, _percent(accuracy) if len(members) > 1 else f"{100 * accuracy.mean:.1f}", *means, len(members)])
     return _table(["network", "accuracy % [95 % interval]", *columns, "seeds"], rows)
 
 
@@ -938,13 +964,14 @@ def report_verdict(run: Run) -> str:
             lines.append(f"- **{name}: no verdict.** A gain needs both experiments.")
             continue
         wins = sum(value > 0 for value in arms["gains"].values())
-        seen = f"Distillation changed its accuracy by {100 * gain.mean:+.1f} points on average; it was better with {wins} of {gain.n} seeds."
+        spread = f" (standard deviation {100 * gain.sd:.1f})" if gain.n > 1 else ""
+        seen = f"Distillation changed its accuracy by {100 * gain.mean:+.1f} points on average{spread}; it was better with {wins} of {gain.n} seeds."
         decided = {
             "helps": "The whole 95 % interval lies above zero.",
             "hurts": "The whole 95 % interval lies below zero.",
             "inconclusive": "The 95 % interval contains zero, so this run cannot tell the change from chance; more seeds would narrow it.",
         }
-        lines.append(f"- **{name}: {verdict(gain)}.** {seen} {decided[verdict(gain)] if gain.n > 1 else 'One seed gives no interval.'}")
+        lines.append(f"- **{name}: {verdict(gain)}.** {seen} {'Seeds that do not differ give no interval.' if math.isnan(gain.low) else decided[verdict(gain)]}")
     return "\n".join(lines) or "- No experiment has been run yet."
 
 
@@ -978,7 +1005,7 @@ def plot_curves(students: list[Student]) -> None:
     names = list(dict.fromkeys(student.name for student in students))
     figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.2), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names):
-        for student, marker in zip((s for s in students if s.name == name), "os^Dvphx"):
+        for student, marker in zip((s for s in students if s.name == name), cycle("os^Dv")):
             epochs, look = range(1, len(student.history.val_accuracy) + 1), dict(color=COLOURS[student.arm], marker=marker, markersize=4)
             axis.plot(epochs, 100 * np.array(student.history.train_accuracy), ":", alpha=0.6, label=f"train, seed {student.seed}", **look)
             axis.plot(epochs, 100 * np.array(student.history.val_accuracy), "-", label=f"val, seed {student.seed}", **look)
@@ -1009,7 +1036,8 @@ def plot_temperature(teacher: nn.Module, val: Split, temperatures=(1, 2, 4, 8)) 
 
 def plot_report(run: Run) -> None:
     """Left: each seed's accuracy alone and distilled, joined. Right: the mean gain with its 95 % interval."""
-    students = compare(run)
+    if not (students := compare(run)):
+        return
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for place, (name, arms) in enumerate(students.items()):
         for offset, arm in ((-0.15, "alone"), (0.15, "distilled")):
@@ -1021,7 +1049,7 @@ def plot_report(run: Run) -> None:
             half = 0 if math.isnan(gain.low) else 100 * (gain.high - gain.mean)
             right.errorbar(100 * gain.mean, place, xerr=half, fmt="o", color="#333333", capsize=5)
             right.plot(100 * np.array(list(arms["gains"].values())), np.full(gain.n, place + 0.15), "|", color="#555555")
-    left.set(xticks=range(len(students)), xticklabels=students, ylabel="validation accuracy %", xlim=(-0.6, max(1, len(students)) - 0.4))
+    left.set(xticks=range(len(students)), xticklabels=students, ylabel="validation accuracy %", xlim=(-0.6, len(students) - 0.4))
     left.legend()
     right.axvline(0, color="black", linewidth=1)
     right.set(yticks=range(len(students)), yticklabels=students, ylim=(len(students) - 0.5, -0.5))
