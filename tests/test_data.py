@@ -68,7 +68,7 @@ def test_incomplete_dataset_is_refused_with_its_count(copy):
         kd.download_dataset("demo", copy.parent)
 
 
-@pytest.mark.parametrize("wrong", [{"checksum": "md5:" + "0" * 32}, {"size": 17}])
+@pytest.mark.parametrize("wrong", [{"checksum": "md5:" + "0" * 32}, {"size": 17}, {"size": 17, "checksum": None}])
 def test_wrong_archive_is_refused_and_leaves_nothing(archive, server, tmp_path, wrong):
     with pytest.raises(ValueError, match="expected .* got"):
         kd.download_dataset("demo", tmp_path, base_url=server, **{"checksum": archive[1], **wrong})
@@ -121,7 +121,6 @@ def test_cache_returns_the_same_images_without_the_files(copy):
 
 
 def test_unreadable_image_is_named(copy):
-    (copy / "val" / "ring" / "ring_151.JPEG").parent.mkdir(exist_ok=True)
     broken = sorted((copy / "val" / "ring").iterdir())[0]
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"1 unreadable image.*{broken.name}"):
@@ -140,7 +139,11 @@ def test_folder_of_ones_own(dataset, tmp_path):
     for split in ("train", "val"):
         for name in ("disc", "ring"):
             shutil.copytree(dataset / split / name, own / split / name)
+    (own / "train" / ".ipynb_checkpoints").mkdir()
     assert kd.load_images(own, 64)["train"].classes == ["disc", "ring"]
+    shutil.rmtree(own / "val" / "disc")  # the labels of val are those of train, so this must not pass unseen
+    with pytest.raises(FileNotFoundError, match="val/disc"):
+        kd.load_images(own, 64)
 
 
 def test_selection_is_stratified_fixed_and_part_of_train(dataset):
@@ -190,14 +193,13 @@ def test_stream_is_a_function_of_seed_and_epoch(dataset):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real data are not at hand")
-def test_real_archive(tmp_path):
-    sums = dict(line.split()[::-1] for line in (SHARED / "SHA256SUMS").read_text().splitlines())
-    checksum = "sha256:" + next(value for name, value in sums.items() if name.endswith("imagewoof2-160.tgz"))
-    folder = kd.download_dataset("imagewoof2-160", tmp_path, base_url=SHARED.as_uri(), checksum=checksum)
+@pytest.mark.parametrize("name, counts, first", [("imagewoof2-160", (9025, 3929, 162), "Shih-Tzu"), ("imagenette2-160", (9469, 3925, 134), "tench")])
+def test_real_archive(tmp_path, name, counts, first):
+    sums = dict(reversed(line.split()) for line in (SHARED / "SHA256SUMS").read_text().splitlines())
+    folder = kd.download_dataset(name, tmp_path, base_url=SHARED.as_uri(), checksum=f"sha256:{sums[f'{name}.tgz']}")
     data = kd.load_images(folder, 64)
-    assert (len(data["train"]), len(data["val"]), int(data["val"].never_seen.sum())) == (9025, 3929, 162)
-    assert data["val"].classes[0] == "Shih-Tzu" and data["val"].files[0].startswith("n02086240/")
-    assert 80 < data["val"].images.float().mean() < 150
+    assert (len(data["train"]), len(data["val"]), int(data["val"].never_seen.sum())) == counts
+    assert data["val"].classes[0] == first and 80 < data["val"].images.float().mean() < 150
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real data are not at hand")
