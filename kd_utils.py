@@ -122,18 +122,14 @@ DATASETS = {
             "n02093754 Border terrier, n02096294 Australian terrier, n02099601 golden retriever, "
             "n02105641 Old English sheepdog, n02111889 Samoyed, n02115641 dingo"
         ),
-        counts={"train": 9025, "val": 3929},
-        size=92612825,
-        checksum="md5:3d200a7be99704a0d7509be2a9fbfe15",
+        counts={"train": 9025, "val": 3929}, size=92612825, checksum="md5:3d200a7be99704a0d7509be2a9fbfe15",  # fmt: skip
     ),
     "imagenette2-160": DatasetInfo(
         classes=_classes(
             "n01440764 tench, n02102040 English springer, n02979186 cassette player, n03000684 chain saw, n03028079 church, "
             "n03394916 French horn, n03417042 garbage truck, n03425413 gas pump, n03445777 golf ball, n03888257 parachute"
         ),
-        counts={"train": 9469, "val": 3925},
-        size=99003388,
-        checksum="md5:e793b78cc4c9e9a4ccc0c1155377a412",
+        counts={"train": 9469, "val": 3925}, size=99003388, checksum="md5:e793b78cc4c9e9a4ccc0c1155377a412",  # fmt: skip
     ),
     "demo": DatasetInfo(classes={shape: shape for shape in DEMO_SHAPES}, counts={"train": 300, "val": 100}),
 }
@@ -145,7 +141,7 @@ def _info(name: str) -> DatasetInfo:
     return DATASETS[name]
 
 
-def download_dataset(name: str, root="data", base_url: str | None = None, size: int | None = None, checksum: str | None = None) -> Path:
+def download_dataset(name: str, root="data", base_url: str = "", size: int | None = None, checksum: str | None = None) -> Path:
     """Fetches `<base_url>/<name>.tgz`, checks it, unpacks it, and returns the folder `<root>/<name>`.
 
     An already unpacked dataset is used as it stands, after the same count of its images. `size` (bytes) and `checksum`
@@ -159,7 +155,7 @@ def download_dataset(name: str, root="data", base_url: str | None = None, size: 
         return folder
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as scratch:  # beside the target: the rename is atomic
-        if name == "demo" and base_url is None:
+        if name == "demo" and not base_url:
             base_url, checksum = draw_demo_archive(Path(scratch) / "source")
         archive = Path(scratch) / f"{name}.tgz"
         size = size or (info.size if checksum is None else None)
@@ -196,7 +192,7 @@ def _check_counts(folder: Path, info: DatasetInfo) -> None:
     for split, expected in info.counts.items():
         found = sum(len(_list_images(folder / split / name)) for name in info.classes)
         if found != expected:
-            raise ValueError(f"{folder / split}: expected {expected} images, found {found}; remove {folder} and run again to fetch it anew")
+            raise ValueError(f"{folder / split}: expected {expected} images, found {found}; remove {folder} and run again")
 
 
 def draw_demo_archive(folder: Path) -> tuple[str, str]:
@@ -333,7 +329,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def sample_crops(count: int, size: int, generator: torch.Generator, scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3)) -> Tensor:
-    """Crop boxes [count, 4] int64 (top, left, height, width) in a size × size image, drawn as torchvision's RandomResizedCrop does."""
+    """Crop boxes [count, 4] int64 (top, left, height, width) in a square image, drawn like torchvision's RandomResizedCrop."""
     tries = 10
     area = torch.empty(count, tries).uniform_(*scale, generator=generator) * size**2
     aspect = torch.empty(count, tries).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator).exp()
@@ -406,7 +402,7 @@ class ConvBlock(nn.Module):
 
 
 class CustomCNN(nn.Module):
-    """A small residual network: five blocks of 32-64-128-256-512 channels, global average pooling, one linear layer; 3.5 M parameters."""
+    """A small residual network: five blocks of 32-64-128-256-512 channels, average pooling, one linear layer; 3.5 M parameters."""
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.2):
         super().__init__()
@@ -470,7 +466,7 @@ def _find_weights(weights: str | os.PathLike | None):
     if weights is None or str(weights) in names:
         return names.get(str(weights))
     if not Path(weights).is_file():
-        raise FileNotFoundError(f"teacher weights {str(weights)!r}: neither a file nor one of torchvision's names ({', '.join(names)})")
+        raise FileNotFoundError(f"teacher weights {str(weights)!r}: neither a file nor one of {', '.join(names)}")
     return Path(weights)
 
 
@@ -665,10 +661,8 @@ class _Stepper:
         train_loss, train_accuracy = (self.totals / images_seen).tolist()
         self.totals.zero_()
         scores, history = metrics(predict(self.student.model, val), val.targets), self.student.history
-        history.train_loss.append(train_loss)
-        history.train_accuracy.append(train_accuracy)
-        history.val_loss.append(scores["nll"])
-        history.val_accuracy.append(scores["accuracy"])
+        for values, value in zip(vars(history).values(), (train_loss, train_accuracy, scores["nll"], scores["accuracy"]), strict=True):
+            values.append(value)
 
 
 def _log_line(students: list[Student], epoch: int, epochs: int, seconds: float) -> str:
@@ -806,20 +800,20 @@ class Run:
         """Scores an experiment's students (and teacher) on `val` after their last epoch and writes `<folder>/<experiment>.json`."""
         models = {student.name: student.model for student in students}
         other = {"experiment1": "Experiment 2", "experiment2": "Experiment 1"}[experiment]  # whose time is not ours
-        teacher_logits = None
+        size, teacher_logits = self.profile.image_size, None
         if teacher is not None:
             models["ResNet-50"], teacher_logits = teacher, predict(teacher, val)
             distillation = {**distillation, "teacher epochs": self.profile.teacher_epochs, **describe_weights(self.teacher_weights)}
         record = {
             "ran on": self.describe(),
-            "settings": {"image size": self.profile.image_size, "seeds": self.profile.seeds, "validation images": len(val), **training},
+            "settings": {"image size": size, "seeds": self.profile.seeds, "validation images": len(val), **training},
             "distillation": distillation,
             "students": [
-                {"name": s.name, "seed": s.seed, "arm": s.arm, "history": asdict(s.history), **score(predict(s.model, val), val, teacher_logits)}
+                {"name": s.name, "seed": s.seed, "history": asdict(s.history), **score(predict(s.model, val), val, teacher_logits)}
                 for s in students
             ],
             "teacher": score(teacher_logits, val) if teacher is not None else None,
-            "costs": {name: cost(model, self.profile.image_size, self.device) for name, model in models.items()},
+            "costs": {name: cost(model, size, self.device) for name, model in models.items()},
             "minutes": {stage: round(seconds / 60, 1) for stage, seconds in self.seconds.items() if other not in stage},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -846,7 +840,7 @@ def score(logits: Tensor, split: Split, teacher_logits: Tensor | None = None) ->
 
 
 def cost(model: nn.Module, size: int, device: torch.device, timed: bool = True) -> dict[str, float]:
-    """Parameters, multiply-adds for one image, bytes on disk; if `timed`, milliseconds for one image and images/s in batches of 64."""
+    """Parameters, multiply-adds per image, bytes on disk; if `timed`, milliseconds for one image and images/s in batches of 64."""
     single, batch = (torch.zeros(count, 3, size, size, device=device).to(memory_format=torch.channels_last) for count in (1, 64))
     model = model.to(device).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -910,16 +904,15 @@ def _mean(members: list[dict], key: str, form: str) -> str:
 
 def cost_table(costs: dict[str, dict]) -> str:
     """Costs by network (see `cost`) as Markdown."""
-    columns = {  # title: (key, unit, format)
-        "parameters": ("parameters", 1, "{:,}"),
-        "multiply-adds per image": ("multiply_adds", 1e6, "{:,.1f} M"),
-        "size on disk": ("bytes", 1e6, "{:.2f} MB"),
-        "latency of one image": ("latency_ms", 1, "{:.1f} ms"),
-        "images/s in batches of 64": ("images_per_second", 1, "{:,.0f}"),
+    columns = {
+        "parameters": lambda c: f"{c['parameters']:,}",
+        "multiply-adds per image": lambda c: f"{c['multiply_adds'] / 1e6:,.1f} M",
+        "size on disk": lambda c: f"{c['bytes'] / 1e6:.2f} MB",
     }
-    shown = {title: column for title, column in columns.items() if all(column[0] in row for row in costs.values())}
-    rows = [[name, *(form.format(row[key] / unit if unit > 1 else row[key]) for key, unit, form in shown.values())] for name, row in costs.items()]
-    return _table(["network", *shown], rows)
+    if all("latency_ms" in c for c in costs.values()):
+        columns["latency of one image"] = lambda c: f"{c['latency_ms']:.1f} ms"
+        columns["images/s in batches of 64"] = lambda c: f"{c['images_per_second']:,.0f}"
+    return _table(["network", *columns], [[name, *(show(c) for show in columns.values())] for name, c in costs.items()])
 
 
 def compare(run: Run) -> dict[str, dict]:
@@ -929,8 +922,8 @@ def compare(run: Run) -> dict[str, dict]:
     """
     first, second = run.load("experiment1"), run.load("experiment2")
     if first and second:
-        both = [{**record["ran on"], **record["settings"]} for record in (first, second)]
-        differing = [f"{key}: {both[0].get(key)} / {both[1].get(key)}" for key in both[0] | both[1] if both[0].get(key) != both[1].get(key)]
+        one, two = ({**record["ran on"], **record["settings"]} for record in (first, second))
+        differing = [f"{key}: {one.get(key)} / {two.get(key)}" for key in one | two if one.get(key) != two.get(key)]
         if differing:
             raise ValueError(f"Experiments 1 and 2 do not compare, run them again alike ({'; '.join(differing)})")
     students: dict[str, dict] = {}
@@ -956,8 +949,15 @@ def report_table(run: Run) -> str:
     return _table(["student", "alone %", "distilled %", "gain [95 % interval]", "seeds"], rows) + (note if missing else "")
 
 
+REASONS = {
+    "helps": "The whole 95 % interval lies above zero.",
+    "hurts": "The whole 95 % interval lies below zero.",
+    "inconclusive": "The 95 % interval contains zero, so this run cannot tell the change from chance; more seeds would narrow it.",
+}
+
+
 def report_verdict(run: Run) -> str:
-    """One sentence per student, decided by the interval of its paired gains."""
+    """The verdict on each student, decided by the interval of its paired gains, and its reason."""
     lines = []
     for name, arms in compare(run).items():
         if (gain := arms["gain"]) is None:
@@ -965,23 +965,21 @@ def report_verdict(run: Run) -> str:
             continue
         wins = sum(value > 0 for value in arms["gains"].values())
         spread = f" (standard deviation {100 * gain.sd:.1f})" if gain.n > 1 else ""
-        seen = f"Distillation changed its accuracy by {100 * gain.mean:+.1f} points on average{spread}; it was better with {wins} of {gain.n} seeds."
-        decided = {
-            "helps": "The whole 95 % interval lies above zero.",
-            "hurts": "The whole 95 % interval lies below zero.",
-            "inconclusive": "The 95 % interval contains zero, so this run cannot tell the change from chance; more seeds would narrow it.",
-        }
-        lines.append(f"- **{name}: {verdict(gain)}.** {seen} {'Seeds that do not differ give no interval.' if math.isnan(gain.low) else decided[verdict(gain)]}")
+        lines.append(
+            f"- **{name}: {verdict(gain)}.** Distillation changed its accuracy by {100 * gain.mean:+.1f} points on average{spread}; "
+            f"it was better with {wins} of {gain.n} seeds. "
+            + ("Seeds that do not differ give no interval." if math.isnan(gain.low) else REASONS[verdict(gain)])
+        )
     return "\n".join(lines) or "- No experiment has been run yet."
 
 
 def provenance_table(run: Run) -> str:
     """What produced the numbers: settings, device, versions, teacher weights, minutes per stage."""
     records = {f"Experiment {key[-1]}": record for key in ("experiment1", "experiment2") if (record := run.load(key))}
-    columns = [
-        {**r["ran on"], **r["settings"], **r["distillation"], **{f"minutes: {stage}": value for stage, value in r["minutes"].items()}}
-        for r in records.values()
-    ]
+    columns = []
+    for record in records.values():
+        minutes = {f"minutes: {stage}": value for stage, value in record["minutes"].items()}
+        columns.append({**record["ran on"], **record["settings"], **record["distillation"], **minutes})
     keys = list(dict.fromkeys(key for column in columns for key in column))
     return _table(["", *records], [[key, *(column.get(key, "—") for column in columns)] for key in keys], align=":--")
 
@@ -1006,9 +1004,10 @@ def plot_curves(students: list[Student]) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.2), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names):
         for student, marker in zip((s for s in students if s.name == name), cycle("os^Dv")):
-            epochs, look = range(1, len(student.history.val_accuracy) + 1), dict(color=COLOURS[student.arm], marker=marker, markersize=4)
-            axis.plot(epochs, 100 * np.array(student.history.train_accuracy), ":", alpha=0.6, label=f"train, seed {student.seed}", **look)
-            axis.plot(epochs, 100 * np.array(student.history.val_accuracy), "-", label=f"val, seed {student.seed}", **look)
+            history, look = student.history, dict(color=COLOURS[student.arm], marker=marker, markersize=4)
+            epochs = range(1, len(history.val_accuracy) + 1)
+            axis.plot(epochs, 100 * np.array(history.train_accuracy), ":", alpha=0.6, label=f"train, seed {student.seed}", **look)
+            axis.plot(epochs, 100 * np.array(history.val_accuracy), "-", label=f"val, seed {student.seed}", **look)
         axis.set(title=f"{name}, {students[0].arm}", xlabel="epoch", ylabel="accuracy %", ylim=(0, 100))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -1021,7 +1020,7 @@ def plot_temperature(teacher: nn.Module, val: Split, temperatures=(1, 2, 4, 8)) 
     logits = predict(teacher, val)
     confidence = torch.where(logits.argmax(1) == val.targets.cpu(), logits.softmax(1).max(1).values, torch.inf)
     index = int((confidence - 0.9).abs().argmin())
-    figure, axes = plt.subplots(1, 1 + len(temperatures), figsize=(13, 2.9), layout="constrained", width_ratios=[1.2] + [1] * len(temperatures))
+    figure, axes = plt.subplots(1, 1 + len(temperatures), figsize=(13, 2.9), layout="constrained")
     axes[0].imshow(val.images[index].permute(1, 2, 0).cpu())
     axes[0].set_title(f"label: {val.classes[val.targets[index]]}\nteacher: {logits[index].softmax(0).max():.0%} sure", fontsize=10)
     axes[0].axis("off")
@@ -1044,7 +1043,8 @@ def plot_report(run: Run) -> None:
             values = 100 * np.array(list(arms.get(arm, {}).values()))
             left.plot(np.full(len(values), place + offset), values, "o", color=COLOURS[arm], label=None if place else arm)
         for seed in arms["gains"]:
-            left.plot([place - 0.15, place + 0.15], [100 * arms["alone"][seed], 100 * arms["distilled"][seed]], color="#999999", zorder=0)
+            pair = 100 * np.array([arms["alone"][seed], arms["distilled"][seed]])
+            left.plot([place - 0.15, place + 0.15], pair, color="#999999", zorder=0)
         if gain := arms["gain"]:
             half = 0 if math.isnan(gain.low) else 100 * (gain.high - gain.mean)
             right.errorbar(100 * gain.mean, place, xerr=half, fmt="o", color="#333333", capsize=5)
