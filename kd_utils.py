@@ -279,9 +279,10 @@ def _load_split(folder: Path, split: str, classes: dict[str, str], size: int, de
     targets = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(group) for group in paths], dtype=torch.long))
     files = [str(path.relative_to(folder / split)) for group in paths for path in group]
     cache = folder.parent / "cache" / f"{folder.name}-{split}-{size}px.pt"
-    cached = torch.load(cache, weights_only=True) if cache.exists() else {"files": None}
-    if cached["files"] != files:
-        cached = {"files": files, "images": decode_images([folder / split / file for file in files], size)}
+    cached = torch.load(cache, weights_only=True) if cache.exists() else {"stamp": None}
+    stamp = [f"{path} {path.stat().st_size}" for group in paths for path in group]  # another file, another decoding
+    if cached["stamp"] != stamp:
+        cached = {"stamp": stamp, "images": decode_images([folder / split / file for file in files], size)}
         cache.parent.mkdir(exist_ok=True)
         torch.save(cached, scratch := cache.with_suffix(f".{os.getpid()}"))
         scratch.rename(cache)

@@ -113,11 +113,14 @@ def test_decoding_scales_the_short_side_and_crops_the_centre(tmp_path):
     assert (kd.decode_images([tmp_path / "wide.png"], 64) == 255).float().mean() > 0.9
 
 
-def test_cache_returns_the_same_images_without_the_files(copy):
+def test_cache_spares_the_decoding_until_a_file_changes(copy):
     first = kd.load_images(copy, 64)
     for path in copy.glob("*/*/*"):
-        path.write_bytes(b"no longer an image")
+        path.write_bytes(bytes(path.stat().st_size))  # no longer images, but nobody reads them
     assert torch.equal(first["val"].images, kd.load_images(copy, 64)["val"].images)
+    path.write_bytes(b"another size")
+    with pytest.raises(ValueError, match="unreadable image"):
+        kd.load_images(copy, 64)
 
 
 def test_unreadable_image_is_named(copy):
