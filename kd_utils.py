@@ -410,18 +410,18 @@ class CustomCNN(nn.Module):
         self.blocks = nn.Sequential(
             ConvBlock(3, 32), ConvBlock(32, 64), ConvBlock(64, 128), ConvBlock(128, 256), ConvBlock(256, 512, groups=2)
         )  # two groups in the last block keep the network under 4 M parameters
-        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(512, num_classes))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, S, S], S ≥ 64 ─► [B, C]
-        return self.head(self.blocks(x).mean(dim=(2, 3), keepdim=True))
+        return self.head(self.blocks(x).mean(dim=(2, 3)))
 
 
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al., 1998, section II.B) for RGB photographs: C1 6@5×5, C3 16@5×5, C5 120@5×5, F6 84; 62 k parameters.
 
-    Three things are adapted. C5 slides over a larger map than the paper's 5×5, and its answers are averaged over all positions, so
-    that any image of at least 64 px fits. Max pooling replaces the trainable subsampling, and ReLU the scaled tanh. C3 sees all six
-    maps, and the output layer is linear (the paper has a sparse table and radial basis functions).
+    What differs from the paper: C5 slides over a larger map than 5×5, and its answers are averaged over all positions, so that any
+    image of at least 64 px fits; max pooling replaces the trainable subsampling, and ReLU the scaled tanh; C3 sees all six maps
+    instead of a table of some; the output layer is linear instead of radial basis functions.
     """
 
     def __init__(self, num_classes: int = 10):
