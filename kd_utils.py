@@ -1017,7 +1017,7 @@ def report_verdict(run: Run) -> str:
         wins = sum(value > 0 for value in arms["gains"].values())
         spread = f" (standard deviation {100 * gain.sd:.1f})" if gain.n > 1 else ""
         lines.append(
-            f"- **{name}: {verdict(gain)}.** Distillation changed its accuracy by {100 * gain.mean:+.1f} points on average{spread}; "
+            f"- **{name}: {verdict(gain)}.** Distillation changed its accuracy by {round(100 * gain.mean, 1) + 0.0:+.1f} points on average{spread}; "
             f"it was better with {wins} of {gain.n} seeds. "
             + ("Seeds that do not differ give no interval." if math.isnan(gain.low) else REASONS[verdict(gain)])
         )
@@ -1207,7 +1207,9 @@ def _fetch(url: str, target: Path, size: int | None, checksum: str | None) -> No
 def _mismatch(path: Path, size: int | None, checksum: str | None) -> str:
     kind = checksum.split(":")[0] if checksum else None
     actual = path.stat().st_size, f"{kind}:{file_digest(path, kind)}" if kind else None
-    return "" if actual == (size or actual[0], checksum) else f"expected {size or 'any number of'} bytes, {checksum}, got {actual[0]} bytes, {actual[1]}"
+    if actual == (size or actual[0], checksum):
+        return ""
+    return f"expected {size or 'any number of'} bytes, {checksum}, got {actual[0]} bytes, {actual[1]}"
 
 
 def _require_space(folder: Path, needed: float, what: str) -> None:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tornado.httpclient import AsyncHTTPClient
 from tornado.websocket import websocket_connect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,8 +70,6 @@ async def open_page(log, address):
         if found := re.search(r"listening on ws://([^/]+)/", log.read_text()):
             break
         await asyncio.sleep(0.25)
-    from tornado.httpclient import AsyncHTTPClient
-
     target = await AsyncHTTPClient().fetch(f"http://{found[1]}/json/new?{address}", method="PUT", body="")
     return Page(await websocket_connect(json.loads(target.body)["webSocketDebuggerUrl"], max_message_size=1 << 28))
 
@@ -78,7 +77,8 @@ async def open_page(log, address):
 async def lose_the_kernel_and_run_again(log, address, folder, pictures):
     page = await open_page(log, address)
     await page.call("Emulation.setDeviceMetricsOverride", width=1200, height=1400, deviceScaleFactor=1, mobile=False)
-    await page.wait_for(f"window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 20 && {NOTEBOOK}.sessionContext.session?.kernel?.status == 'idle'")
+    idle = f"{NOTEBOOK}.sessionContext.session?.kernel?.status == 'idle'"
+    await page.wait_for(f"window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 20 && {idle}")
     await page.evaluate("jupyterapp.commands.execute('notebook:clear-all-outputs') && 0")
     await page.screenshot(pictures, "1-opened")
     await page.run_all_cells()
@@ -92,7 +92,7 @@ async def lose_the_kernel_and_run_again(log, address, folder, pictures):
     first = await page.outputs()
     await page.evaluate("document.querySelector('.jp-Dialog .jp-mod-accept').click()")
     await asyncio.sleep(1)
-    await page.wait_for(f"!document.querySelector('.jp-Dialog') && {NOTEBOOK}.sessionContext.session?.kernel?.status == 'idle'")
+    await page.wait_for(f"!document.querySelector('.jp-Dialog') && {idle}")
     await page.evaluate("jupyterapp.commands.execute('notebook:clear-all-outputs') && 0")
     await page.run_all_cells()
     last_cell = f"{NOTEBOOK}.content.widgets.filter(cell => cell.model.type == 'code').at(-1).model"
@@ -120,7 +120,8 @@ def test_a_lost_kernel_costs_nothing(tmp_path):
     log = tmp_path / "browser.log"
     with log.open("w") as errors, (tmp_path / "server.log").open("w") as server_log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=folder, env=environment, stdout=server_log, stderr=server_log)
-        browser = subprocess.Popen([BROWSER, *FLAGS, "--remote-debugging-port=0", f"--user-data-dir={tmp_path / 'profile'}"], stdout=errors, stderr=errors)
+        flags = [*FLAGS, "--remote-debugging-port=0", f"--user-data-dir={tmp_path / 'profile'}"]
+        browser = subprocess.Popen([BROWSER, *flags], stdout=errors, stderr=errors)
         try:
             while "is running at" not in (tmp_path / "server.log").read_text():
                 assert server.poll() is None, (tmp_path / "server.log").read_text()

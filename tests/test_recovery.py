@@ -156,11 +156,16 @@ def test_half_unpacked_folder_is_replaced_and_kept_aside(download, tmp_path, cap
     assert "expected 100 images in val, found 99; set aside as demo.aside1" in capsys.readouterr().out
 
 
+def download_packed(folder):
+    checksum = f"sha256:{kd.file_digest(folder / 'demo.tgz')}"
+    kd.download_dataset("demo", folder / "data", base_url=folder.as_uri(), checksum=checksum)
+
+
 def test_incomplete_archive_is_named(tmp_path):
     with tarfile.open(tmp_path / "demo.tgz", "w:gz"):
         pass
     with pytest.raises(ValueError, match="wrong number of images: expected 300 images in train, found 0; expected 100"):
-        kd.download_dataset("demo", tmp_path / "data", base_url=tmp_path.as_uri(), checksum=f"sha256:{kd.file_digest(tmp_path / 'demo.tgz')}")
+        download_packed(tmp_path)
 
 
 @pytest.mark.parametrize("name, kind", [("../escaped", tarfile.REGTYPE), ("/escaped", tarfile.REGTYPE), ("demo/link", tarfile.SYMTYPE),
@@ -171,7 +176,7 @@ def test_archive_members_that_are_no_plain_files_are_refused(tmp_path, name, kin
     with tarfile.open(tmp_path / "demo.tgz", "w:gz") as tar:
         tar.addfile(member, io.BytesIO(b"bad"))
     with pytest.raises((ValueError, tarfile.FilterError), match="refused|cannot be unpacked"):
-        kd.download_dataset("demo", tmp_path / "data", base_url=tmp_path.as_uri(), checksum=f"sha256:{kd.file_digest(tmp_path / 'demo.tgz')}")
+        download_packed(tmp_path)
     assert {path.name for path in (tmp_path / "data").iterdir()} == {".demo.lock", "demo.tgz"} and not (tmp_path / "escaped").exists()
 
 
@@ -252,7 +257,8 @@ class SmallCNN(nn.Sequential):
     """Batch normalisation has buffers, dropout draws random numbers: both have to survive."""
 
     def __init__(self, num_classes):
-        super().__init__(nn.Conv2d(3, 8, 7, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8, num_classes))
+        body = nn.Conv2d(3, 8, 7, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        super().__init__(*body, nn.Dropout(0.3), nn.Linear(8, num_classes))
 
 
 def cohort(loss=kd.label_loss, arm="alone"):
@@ -438,7 +444,8 @@ def test_student_whose_loss_is_not_finite_is_stopped_and_the_others_go_on(run, t
     students = cohort()
     students[1].loss = loss
     trained(run, train, students)
-    assert students[1].stopped.startswith("LeNet-5 with seed 1 was stopped: the loss was inf at step 11 of 30; its weights are those of the last good")
+    why = "LeNet-5 with seed 1 was stopped: the loss was inf at step 11 of 30; its weights are those of the last good checkpoint"
+    assert students[1].stopped.startswith(why)
     assert students[1].stopped in capsys.readouterr().out and kd.predict(students[1].model, train).isfinite().all()
     others = kd.fit(cohort(), train, train, **TRAINING)
     assert identical(students[:1] + students[2:], others[:1] + others[2:])
