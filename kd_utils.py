@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.client
+import inspect
 import io
 import json
 import math
@@ -1122,7 +1123,10 @@ CHECKPOINTS_KEPT = 3  # per stage: the present settings' and the latest two of o
 def _write_atomically(path: Path, write) -> None:
     """Lets `write(file)` fill a file beside `path`, brings it to the disk and renames it: `path` is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
+    for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with scratch.open("wb") as file:
             write(file)
@@ -1277,7 +1281,7 @@ def _memory_advice(stream: BatchStream):
     try:
         yield
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
+        if not re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error)):
             raise
         size = stream.split.images.shape[-1]
         advice = f"lower batch_size (now {stream.batch_size}) or choose a smaller profile with KD_PROFILE (images have {size} px now)"
@@ -1301,15 +1305,27 @@ def _fingerprint(students: list[Student], teacher: nn.Module | None, train: Spli
         "students": [f"{student.name}, seed {student.seed}, {student.arm}" for student in students],
         "losses": [_describe_loss(student.loss) for student in students],
         **{split: _digest([data.images, data.targets]) for split, data in (("train", train), ("val", val))},
-        **{who: [f"{model} {_digest(model.state_dict().values())}" for model in group] for who, group in models.items()},
+        **{who: [_describe_model(model) for model in group] for who, group in models.items()},
     }
+
+
+def _describe_model(model: nn.Module) -> str:
+    return f"{model} {_describe_code(type(model).forward)} {_digest(model.state_dict().values())}"
 
 
 def _describe_loss(loss) -> str:
     function, arguments = (loss.func, (loss.args, loss.keywords)) if isinstance(loss, partial) else (loss, "")
-    code = getattr(function, "__code__", None)  # so that a loss edited under its old name is another loss
-    body = (code.co_code, code.co_names, [value for value in code.co_consts if not hasattr(value, "co_code")]) if code else ""
-    return f"{getattr(function, '__qualname__', function)} {arguments} {hashlib.sha256(repr(body).encode()).hexdigest()[:12]}"
+    return f"{getattr(function, '__qualname__', function)} {arguments} {_describe_code(function)}"
+
+
+def _describe_code(function) -> str:
+    """A function's instructions and the numbers and names that it uses, so that one edited under its old name is another one."""
+    if not inspect.isfunction(function):
+        return ""
+    code, outside = function.__code__, inspect.getclosurevars(function)
+    inside = [value for value in code.co_consts if not inspect.iscode(value)]
+    values = {key: value for key, value in (outside.nonlocals | outside.globals).items() if isinstance(value, int | float | str)}
+    return hashlib.sha256(repr((code.co_code, code.co_names, inside, values)).encode()).hexdigest()[:12]
 
 
 @dataclass

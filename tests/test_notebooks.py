@@ -58,7 +58,7 @@ def test_committed_notebook_is_clean(name):
     assert "class " not in "".join(cell.source for cell in code_cells(notebook))
 
 
-@pytest.mark.parametrize("name, dataset", zip(NOTEBOOKS, ["imagewoof2-160", "imagenette2-160"]))
+@pytest.mark.parametrize("name, dataset", [*zip(NOTEBOOKS, ["imagewoof2-160", "imagenette2-160"])])
 def test_committed_notebook_shows_a_whole_study_of_real_images(name, dataset):
     notebook = read(name)
     text, outputs = text_of(notebook), [output for cell in code_cells(notebook) for output in cell.outputs]

@@ -352,6 +352,18 @@ def test_changed_setting_starts_afresh_says_why_and_keeps_the_old(run, train, ca
     assert "train changed" in capsys.readouterr().out
 
 
+def test_number_that_a_loss_takes_from_outside_is_a_setting(run, train, capsys):
+    weight = 2.0
+
+    def weighted(student_logits, teacher_logits, targets):
+        return weight * kd.label_loss(student_logits, teacher_logits, targets)
+
+    trained(run, train, cohort(weighted), epochs=1)
+    weight = 3.0  # the same code
+    trained(run, train, cohort(weighted), epochs=1)
+    assert "starts afresh, since losses changed" in capsys.readouterr().out
+
+
 def test_size_on_disk_is_bounded(run, train):
     students = cohort()
     for lr in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3):
