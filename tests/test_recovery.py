@@ -261,8 +261,8 @@ class SmallCNN(nn.Sequential):
         super().__init__(*body, nn.Dropout(0.3), nn.Linear(8, num_classes))
 
 
-def cohort(loss=kd.label_loss, arm="alone"):
-    return kd.make_students(3, (0, 1), arm, loss, {"LeNet-5": kd.LeNet5, "small CNN": SmallCNN})
+def cohort(loss=kd.label_loss, arm="alone", num_classes=3):
+    return kd.make_students(num_classes, (0, 1), arm, loss, {"LeNet-5": kd.LeNet5, "small CNN": SmallCNN})
 
 
 def states(students):
@@ -292,11 +292,13 @@ def train_and_count(train, folder, steps):
             steps.value += 1
         return kd.label_loss(student_logits, teacher_logits, targets)
 
-    students = trained(kd.Run("imagewoof2-160", "demo"), train, cohort(loss))
+    students = trained(kd.Run("imagewoof2-160", "demo"), train, cohort(loss, num_classes=10))
     torch.save([(model, vars(history)) for model, history, _ in states(students)], folder / "end.pt")
 
 
-def test_killed_twenty_times_and_more_and_resumed_bit_for_bit(train, tmp_path):
+def test_killed_twenty_times_and_more_and_resumed_bit_for_bit(archive, tmp_path):
+    folder = kd.download_dataset("demo", tmp_path, base_url=archive[0].as_uri(), checksum=archive[1])
+    train = kd.load_images(folder, 64)["val"].subset(torch.arange(0, 100, 2))  # five drawn images of each class
     rng, context = random.Random(0), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kd_utils"])
 
