@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import kd_utils as kd
@@ -223,6 +224,7 @@ def test_read_only_data_root_works_when_the_data_are_complete(download):
 
 
 def load_as_nobody(root):
+    Image.init()  # whoever gives up its rights may not be able to read Pillow's plugins any more
     os.setuid(65534)
     assert not os.access(root, os.W_OK)
     assert len(kd.load_images(kd.download_dataset("demo", root), 64)["train"]) == 300

@@ -1,0 +1,209 @@
+"""How fast kd_utils is, next to the ways it replaces: python tests/bench_kd_utils.py [--device cuda] [--size 160] [--only 1 3]
+
+Both sides of every comparison run in turn, and the figures are medians of the repeats with their range.
+Uses Imagewoof where data/ holds it, and the drawn images otherwise.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import kd_utils as kd
+
+TRAINING = dict(lr=2e-3, weight_decay=0.05, body_lr=None)
+DISTILLATION = partial(kd.distillation_loss, temperature=2.0, alpha=0.5)
+
+
+def seconds(work, device):
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(device, repeats, **sides):
+    """{side: [seconds of each repeat]}; the first round warms up and is not counted."""
+    times = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, work in sides.items():
+            took = seconds(work, device)
+            if turn:
+                times[name].append(took)
+    return times
+
+
+def row(what, times, over, under, unit="s", amount=None, target=None):
+    """Prints both sides and the ratio over ÷ under, by repeat."""
+    ratios = [a / b for a, b in zip(times[over], times[under])]
+    shown = {name: statistics.median(values) for name, values in times.items()}
+    sides = ", ".join(f"{name} {amount / value:,.0f} {unit}" if amount else f"{name} {value:.3f} {unit}" for name, value in shown.items())
+    aim = f" | target {target}" if target else ""
+    print(f"| {what} | {sides} | {over} ÷ {under} (time) | {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]{aim} |", flush=True)
+
+
+class Bench:
+    def __init__(self, device, size, batch_size, images, repeats):
+        self.device, self.size, self.batch_size, self.repeats = device, size, batch_size, repeats
+        name = "imagewoof2-160" if (ROOT / "data" / "imagewoof2-160").exists() else "demo"
+        self.folder = kd.download_dataset(name, ROOT / "data")
+        data = kd.load_images(self.folder, size, device)
+        chosen = torch.linspace(0, len(data["train"]) - 1, min(images, len(data["train"]))).long()
+        self.train = data["train"].subset(chosen)
+        self.stream = kd.BatchStream(self.train, batch_size)
+        self.used = self.stream.steps * batch_size
+        self.teacher = kd.freeze(kd.build_teacher(10, None)).to(device, memory_format=torch.channels_last)
+        print(f"{name}, {self.used} images of {size} px, batches of {batch_size}, {device}, {kd.choose_precision(device)}, torch {torch.__version__}\n")
+        print("| what | medians | ratio | median [range] |\n|---|---|---|---|")
+
+    def loader(self):
+        """The tutorials' input path, with the same augmentation on the same images."""
+        transform = v2.Compose([
+            v2.PILToTensor(), v2.RandomResizedCrop(self.size, scale=(0.35, 1.0), antialias=True), v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(kd.IMAGENET_MEAN, kd.IMAGENET_STD),
+        ])  # fmt: skip
+        images = torchvision.datasets.ImageFolder(self.folder / "train", transform)
+        wanted = {str(self.folder / "train" / file) for file in self.train.files}
+        images.samples = [sample for sample in images.samples if sample[0] in wanted]
+        return DataLoader(images, self.batch_size, shuffle=True, num_workers=2, persistent_workers=True, drop_last=True,
+                          pin_memory=self.device.type == "cuda")  # fmt: skip
+
+    def stepper(self, build=kd.CustomCNN, loss=kd.label_loss):
+        student = kd.Student(build(10).to(self.device, memory_format=torch.channels_last), "student", 0, loss=loss)
+        return kd._Stepper(student, **TRAINING, total_steps=10**6)
+
+    def train_from_stream(self, steppers, teacher=None):
+        for images, targets in self.stream.epoch(0):
+            self.one_step(steppers, images, targets, teacher)
+
+    def one_step(self, steppers, images, targets, teacher=None):
+        with torch.no_grad(), kd._autocast(self.device):
+            teacher_logits = teacher(images) if teacher is not None else None
+        for stepper in steppers:
+            stepper.step(images, teacher_logits, targets)
+            stepper.recent_losses.clear()
+
+    def input_path(self):
+        loader = self.loader()
+
+        def theirs():
+            for images, targets in loader:
+                images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+        def ours():
+            for _ in self.stream.epoch(0):
+                pass
+
+        times = alternate(self.device, self.repeats, DataLoader=theirs, ours=ours)
+        row("1 input path", times, "DataLoader", "ours", "images/s", self.used, "≥ 5 on a CPU, ≥ 50 on a GPU")
+
+    def overhead(self):
+        for name, build in kd.STUDENTS.items():
+            steppers = [self.stepper(build)]
+            batch = next(iter(self.stream.epoch(0)))
+
+            def fixed():
+                for _ in range(self.stream.steps):
+                    self.one_step(steppers, *batch)
+
+            times = alternate(self.device, self.repeats, stream=partial(self.train_from_stream, steppers), fixed=fixed)
+            aim = "≤ 1.08 on a CPU, ≤ 1.10 on a GPU" if name == "Custom CNN" else None
+            row(f"2 overhead of the stream, {name}", times, "stream", "fixed", target=aim)
+
+    def epoch(self):
+        loader, model = self.loader(), kd.CustomCNN(10).to(self.device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+        def plain():
+            total = 0.0
+            for images, targets in loader:
+                images, targets = images.to(self.device), targets.to(self.device)
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(images), targets)
+                loss.backward()
+                optimizer.step()
+                total += loss.item()
+
+        times = alternate(self.device, self.repeats, plain=plain, ours=partial(self.train_from_stream, [self.stepper()]))
+        row("3 epoch of the custom CNN", times, "plain", "ours", target="≥ 2.5 on a CPU, ≥ 20 on a GPU")
+
+    def cohort(self):
+        batches = list(self.stream.epoch(0))[:8]
+
+        def together(steppers):
+            for images, targets in batches:
+                self.one_step(steppers, images, targets, self.teacher)
+
+        def apart(steppers):
+            for stepper in steppers:
+                together([stepper])
+
+        for n in (1, 2, 4, 8):
+            steppers = [self.stepper(build, DISTILLATION) for build in [kd.CustomCNN, kd.LeNet5] * (n // 2) or [kd.CustomCNN]]
+            times = alternate(self.device, self.repeats, together=partial(together, steppers), apart=partial(apart, steppers))
+            aim = "≤ 0.62 on a CPU, ≤ 0.5 on a GPU" if n == 4 else None
+            row(f"4 cohort of {n}", times, "together", "apart", target=aim)
+        times = alternate(self.device, self.repeats, teacher=partial(together, []), step=partial(together, steppers[:4]))
+        row("4 the teacher's share of a step of four", times, "teacher", "step")
+
+    def limit(self):
+        """Each network's share of the rate of a large matrix product, alternating with it."""
+        n, dtype = (8192 if self.device.type == "cuda" else 2048), kd.choose_precision(self.device)
+        a = torch.randn(n, n, device=self.device, dtype=dtype)
+        images, targets = next(iter(self.stream.epoch(0)))
+        trainable = kd.build_teacher(10, None).to(self.device, memory_format=torch.channels_last)
+        training = kd._Stepper(kd.Student(trainable, "teacher", 0), **TRAINING, total_steps=10**6)
+
+        def infer():
+            with torch.no_grad(), kd._autocast(self.device):
+                self.teacher(images)
+
+        works = {
+            "7 teacher, inference": (self.teacher, infer, 1, "≥ 50 % on a CPU, ≥ 40 % on a GPU"),
+            "7 teacher, training": (self.teacher, lambda: self.one_step([training], images, targets), 3, "≥ 33 %, ≥ 30 %"),
+            "7 custom CNN, training": (kd.CustomCNN(10).to(self.device).eval(), partial(self.one_step, [self.stepper()], images, targets), 3, None),
+        }
+        for what, (model, work, passes, aim) in works.items():
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(images)
+            times = alternate(self.device, 2 * self.repeats, product=lambda: a @ a, network=work)
+            rates = [2 * n**3 / t for t in times["product"]], [passes * counter.get_total_flops() / t for t in times["network"]]
+            product, network = (statistics.median(values) / 1e9 for values in rates)
+            shares = [100 * b / a for a, b in zip(*rates)]
+            print(f"| {what} | product {product:,.0f}, network {network:,.0f} GFLOP/s | network ÷ product (rate) | "
+                  f"{statistics.median(shares):.0f} % [{min(shares):.0f}, {max(shares):.0f}]{f' | target {aim}' if aim else ''} |", flush=True)  # fmt: skip
+
+
+PARTS = {1: Bench.input_path, 2: Bench.overhead, 3: Bench.epoch, 4: Bench.cohort, 7: Bench.limit}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--size", type=int, default=160 if torch.cuda.is_available() else 64, help="pixels a side")
+    parser.add_argument("--batch-size", type=int, default=128 if torch.cuda.is_available() else 64)
+    parser.add_argument("--images", type=int, default=10**6 if torch.cuda.is_available() else 1024, help="an epoch's images, at most")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", type=int, nargs="*", default=list(PARTS), choices=list(PARTS))
+    arguments = parser.parse_args()
+    bench = Bench(arguments.device, arguments.size, arguments.batch_size, arguments.images, arguments.repeats)
+    for part in arguments.only:
+        PARTS[part](bench)
+    os._exit(0)  # the loaders' workers need not be waited for
