@@ -37,7 +37,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cache, partial
-from itertools import count, cycle
+from itertools import count, cycle, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -67,14 +67,31 @@ class Profile:
     epochs: int  # passes over `train` for every student
     teacher_epochs: int  # passes over `train` for the teacher
     batch_size: int
+    controls: bool = False  # train the students of the control arms, too
+    search: tuple[str, ...] = ()  # the VARIATIONS to try on the selection split
 
+
+# What a search changes: a factor for lr and epochs, a value for the others.
+VARIATIONS = {
+    "as chosen": {},
+    "lr ÷ 2": {"lr": 0.5},
+    "lr × 2": {"lr": 2},
+    "no dropout": {"dropout": 0.0},
+    "epochs ÷ 2": {"epochs": 0.5},
+    "epochs × 2": {"epochs": 2},
+    "milder crops": {"min_crop": 0.6},
+    "harder crops": {"min_crop": 0.15},
+}
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("full", image_size=160, seeds=(0, 1, 2, 3, 4), epochs=40, teacher_epochs=3, batch_size=128),
+        Profile("full", image_size=160, seeds=(0, 1, 2, 3, 4), epochs=40, teacher_epochs=3, batch_size=128,
+                controls=True, search=tuple(VARIATIONS)),  # fmt: skip
         Profile("gpu", image_size=160, seeds=(0, 1, 2), epochs=16, teacher_epochs=2, batch_size=128),
         Profile("cpu", image_size=64, seeds=(0, 1), epochs=5, teacher_epochs=1, batch_size=64),
+        Profile("study", image_size=64, seeds=(0, 1, 2), epochs=4, teacher_epochs=1, batch_size=64,
+                controls=True, search=tuple(VARIATIONS)[:4]),  # fmt: skip
         Profile("demo", image_size=64, seeds=(0, 1), epochs=3, teacher_epochs=1, batch_size=32),
     )
 }
@@ -364,11 +381,11 @@ def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
 class BatchStream:
     """Augmented batches of a split. What epoch e holds depends on (seed, e) alone, so two experiments can share one stream.
 
-    Each epoch shuffles the split and drops the last, incomplete batch.
+    Each epoch shuffles the split and drops the last, incomplete batch. A view holds at least `min_crop` of an image's area.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int = 0):
-        self.split, self.seed = split, seed
+    def __init__(self, split: Split, batch_size: int, seed: int = 0, min_crop: float = 0.35):
+        self.split, self.seed, self.min_crop = split, seed, min_crop
         self.batch_size = min(batch_size, len(split))
         self.steps = len(split) // self.batch_size  # per epoch
 
@@ -377,7 +394,7 @@ class BatchStream:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.split), generator=generator)[: self.steps * self.batch_size]
         for step, indices in enumerate(order.split(self.batch_size)):
-            boxes = sample_crops(len(indices), self.split.images.shape[-1], generator)
+            boxes = sample_crops(len(indices), self.split.images.shape[-1], generator, (self.min_crop, 1.0))
             flip = torch.rand(len(indices), generator=generator) < 0.5
             if step < first:
                 continue  # what the skipped batches draw has to be drawn all the same
@@ -546,6 +563,37 @@ def label_loss(student_logits: Tensor, teacher_logits: Tensor | None, targets: T
     return F.cross_entropy(student_logits.float(), targets)
 
 
+def smoothed_loss(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+    """A control: cross-entropy with label smoothing 0.1 (Szegedy et al., 2016, section 7). Does it help that targets are soft?"""
+    return F.cross_entropy(student_logits.float(), targets, label_smoothing=0.1)
+
+
+def argmax_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float) -> Tensor:
+    """A control: alpha · CE(student, the teacher's arg max) + (1 − alpha) · CE(student, targets). Do its decisions help?
+
+    Shapes and errors as in `distillation_loss`.
+    """
+    _check_loss_arguments(student_logits, teacher_logits, targets, 1.0, alpha)
+    student = student_logits.float()
+    return alpha * F.cross_entropy(student, teacher_logits.argmax(1)) + (1 - alpha) * F.cross_entropy(student, targets)
+
+
+def shuffled_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float, alpha: float) -> Tensor:
+    """A control: `distillation_loss` with the teacher's answers to *other* images of the same class. Does a class average help?"""
+    _check_loss_arguments(student_logits, teacher_logits, targets, temperature, alpha)
+    return distillation_loss(student_logits, teacher_logits[shuffle_within_class(targets)], targets, temperature, alpha)
+
+
+def shuffle_within_class(targets: Tensor) -> Tensor:
+    """Indices [B] int64 that lead each image to another one with the same target, or to itself where it is the only one."""
+    order = (targets + torch.rand(len(targets), dtype=torch.double, device=targets.device)).argsort()  # by class, at random within it
+    ordered = targets[order]
+    first = torch.searchsorted(ordered, ordered)  # of the same class
+    last = ordered != torch.cat([ordered[1:], ordered.new_full((1,), -1)])
+    following = torch.where(last, order[first], order.roll(-1))
+    return torch.empty_like(order).scatter_(0, order, following)
+
+
 # ── Training: a cohort of students on one stream of batches ──────────────────────────────────────────────────────────────────────
 
 
@@ -559,6 +607,9 @@ class History:
     val_accuracy: list[float] = field(default_factory=list)
 
 
+CONTROLS = ("smoothed", "arg-max", "shuffled")  # arms that tell the teacher's knowledge from what else could help
+
+
 @dataclass
 class Student:
     """A network with the loss that it learns from. Its results do not depend on who else is in the cohort."""
@@ -568,6 +619,7 @@ class Student:
     seed: int
     arm: str = "alone"
     loss: object = label_loss  # called with (student_logits [B, C], teacher_logits [B, C] or None, targets [B])
+    lr: float | None = None  # its peak learning rate, if it is not that of the cohort
     history: History = field(default_factory=History)
     stopped: str = ""  # why it did not train to the end, if it did not
 
@@ -583,6 +635,12 @@ def make_students(num_classes: int, seeds, arm: str = "alone", loss=label_loss, 
     return cohort
 
 
+def make_cohort(num_classes: int, profile: Profile, losses: dict[str, object]) -> list[Student]:
+    """Students of all architectures, seeds and losses {arm: loss}; control arms only if the profile has them."""
+    arms = [arm for arm in losses if profile.controls or arm not in CONTROLS]
+    return [student for arm in arms for student in make_students(num_classes, profile.seeds, arm, losses[arm])]
+
+
 def one_cycle(step: int, total: int, warm_up: float = 0.3) -> float:
     """The share of the peak learning rate at a step: a cosine from 1/25 up to 1, then down to 0 (Smith & Topin, 2018)."""
     peak = warm_up * total
@@ -592,24 +650,25 @@ def one_cycle(step: int, total: int, warm_up: float = 0.3) -> float:
 
 
 def fit(students: list[Student], train: Split, val: Split, *, epochs: int, batch_size: int, lr: float, weight_decay: float,
-        teacher: nn.Module | None = None, body_lr: float | None = None, stream_seed: int = 0) -> list[Student]:  # fmt: skip
+        teacher: nn.Module | None = None, body_lr: float | None = None, stream_seed: int = 0, min_crop: float = 0.35) -> list[Student]:  # fmt: skip
     """Trains every student of a cohort on the same batches, with AdamW and a one-cycle schedule, and fills their histories.
 
-    `lr` is the peak learning rate; with `body_lr`, all parameters outside the model's `fc` layer peak there instead. `teacher`
-    must be frozen (see `freeze`); it reads each batch once, for all students. Deterministic on a CPU. Inside `Run.stage`, an
-    interrupted call continues where it was. Raises ValueError for a teacher that could change, classes that differ or labels out of
-    range, FloatingPointError once no student has a finite loss, and MemoryError with advice.
+    `lr` is the peak learning rate of students that have none of their own; with `body_lr`, all parameters outside the model's `fc`
+    layer peak there instead. `teacher` must be frozen (see `freeze`); it reads each batch once, for all students. Deterministic on a
+    CPU. Inside `Run.stage`, an interrupted call continues where it was. Raises ValueError for a teacher that could change, classes
+    that differ or labels out of range, FloatingPointError once no student has a finite loss, and MemoryError with advice.
     """
     _check_cohort(students, train, val, teacher)
-    device, stream = train.images.device, BatchStream(train, batch_size, stream_seed)
+    device, stream = train.images.device, BatchStream(train, batch_size, stream_seed, min_crop)
     for model in [student.model for student in students] + ([teacher] if teacher is not None else []):
         model.to(device, memory_format=torch.channels_last)
     for student in students:
         _check_outputs(student, normalise(train.images[:1]), len(train.classes))
         student.model.classes = train.classes  # by which `fit` knows a teacher's classes
     total = epochs * stream.steps
-    steppers = [_Stepper(student, lr, weight_decay, body_lr, total) for student in students]
-    settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, body_lr=body_lr, stream_seed=stream_seed)
+    steppers = [_Stepper(student, student.lr or lr, weight_decay, body_lr, total) for student in students]
+    settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, body_lr=body_lr, stream_seed=stream_seed,
+                    min_crop=min_crop)  # fmt: skip
     recovery = _Recovery(steppers, total, partial(_fingerprint, students, teacher, train, val, settings))
     with recovery, torch.random.fork_rng(), _memory_advice(stream), _training_bar(stream, epochs, recovery.done) as bar:
         for epoch in range(recovery.done // stream.steps, epochs):
@@ -711,13 +770,16 @@ def _training_bar(stream: BatchStream, epochs: int, steps_done: int):
 
 
 def _log_line(students: list[Student], epoch: int, epochs: int, seconds: float) -> str:
-    line = f"{epoch + 1}/{epochs}"
-    running = [student for student in students if not student.stopped]
-    for name in dict.fromkeys(student.name for student in running):
-        last = [[key[-1] for key in astuple(student.history)] for student in running if student.name == name]
-        loss, train, _, val = np.mean(last, axis=0)  # over seeds
-        line += f" │ {name} loss {loss:.3f} train {train:.1%} val {val:.1%}"
-    return line + f" │ {seconds:.0f} s"
+    """Means over seeds, for each kind of student; accuracies only where there are several arms."""
+    kinds: dict[tuple, list] = {}
+    for student in students:
+        if not student.stopped:
+            kinds.setdefault((student.name, student.arm), []).append([values[-1] for values in astuple(student.history)])
+    several, line = len({arm for _, arm in kinds}) > 1, f"{epoch + 1}/{epochs}"
+    for (name, arm), last in kinds.items():
+        loss, train, _, val = np.mean(last, axis=0)
+        line += f" │ {name} {arm} {val:.1%}" if several else f" │ {name} loss {loss:.3f} train {train:.1%} val {val:.1%}"
+    return line + (" on val" if several else "") + f" │ {seconds:.0f} s"
 
 
 def fine_tune(teacher: nn.Module, train: Split, val: Split, *, epochs: int, batch_size: int, lr: float = 1e-3) -> Student:
@@ -726,6 +788,40 @@ def fine_tune(teacher: nn.Module, train: Split, val: Split, *, epochs: int, batc
     fit(cohort, train, val, epochs=epochs, batch_size=batch_size, lr=lr, body_lr=lr / 10, weight_decay=0.01)
     freeze(teacher)
     return cohort[0]
+
+
+def search(run: Run, train: Split, training: dict, temperature: float, alpha: float,
+           temperatures=(1.0, 2.0, 4.0), alphas=(0.5, 0.9), seed: int = 100) -> list[dict]:  # fmt: skip
+    """Tries the profile's VARIATIONS of `training`, for students alone and distilled alike, and a grid of temperatures and alphas.
+
+    Everybody, the teacher included, trains on nine tenths of `train` and is scored on the rest, so neither `val` nor the report's
+    seeds inform a choice. Writes `<run.folder>/search.json`, one row per trial: student, arm, variation, temperature, alpha, accuracy.
+    """
+    rest, selection = selection_split(train)
+    teacher = build_teacher(len(train.classes), run.teacher_weights)
+    fine_tune(teacher, rest, selection, epochs=run.profile.teacher_epochs, batch_size=training["batch_size"])
+    base = {"temperature": temperature, "alpha": alpha}
+    grid = [{"temperature": t, "alpha": a} for t in temperatures for a in alphas if (t, a) != (temperature, alpha)]
+    cohorts: dict[tuple, list[tuple[Student, dict]]] = {}  # by what the stream decides: students that can share it
+    for variation in run.profile.search:
+        change = VARIATIONS[variation]
+        key = max(1, round(training["epochs"] * change.get("epochs", 1))), change.get("min_crop", 0.35)
+        for settings in [{}, base] + (grid if not change else []):
+            loss, arm = (partial(distillation_loss, **settings), "distilled") if settings else (label_loss, "alone")
+            for student in make_students(len(train.classes), [seed], arm, loss, _vary(change)):
+                student.lr = training["lr"] * change.get("lr", 1)
+                cohorts.setdefault(key, []).append((student, {"variation": variation, **settings}))
+    rows = []
+    for (epochs, min_crop), trials in cohorts.items():
+        fit([student for student, _ in trials], rest, selection, teacher=teacher, **{**training, "epochs": epochs, "min_crop": min_crop})
+        rows += [{"student": s.name, "arm": s.arm, **what, "accuracy": s.history.val_accuracy[-1]} for s, what in trials if not s.stopped]
+    _write_json(run.folder / "search.json", {"around": {**training, **base}, "seed": seed, "images": len(selection), "trials": rows})
+    return rows
+
+
+def _vary(change: dict) -> dict:
+    """The architectures that a variation applies to; LeNet-5 has no dropout."""
+    return {"Custom CNN": partial(CustomCNN, dropout=change["dropout"])} if "dropout" in change else STUDENTS
 
 
 # ── Metrics and statistics ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -750,12 +846,24 @@ def metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
     }
 
 
-def expected_calibration_error(logits: Tensor, targets: Tensor, bins: int = 15) -> float:
-    """The mean gap between confidence and accuracy over equal-width bins of confidence (Guo et al., 2017, section 2)."""
+def reliability(logits: Tensor, targets: Tensor, bins: int = 15) -> Tensor:
+    """Counts, right answers and summed confidence by equal-width bin of confidence, [bins, 3] float64 (Guo et al., 2017, section 2)."""
     confidence, predicted = logits.double().softmax(1).max(1)
-    gap = (predicted == targets).double() - confidence
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    return torch.zeros(bins, dtype=torch.double).index_add_(0, bin_of, gap).abs().sum().item() / len(targets)
+    values = torch.stack([torch.ones_like(confidence), (predicted == targets.cpu()).double(), confidence], dim=1)
+    return torch.zeros(bins, 3, dtype=torch.double).index_add_(0, bin_of, values)
+
+
+def expected_calibration_error(logits: Tensor, targets: Tensor, bins: int = 15) -> float:
+    """The mean gap between confidence and accuracy over bins of confidence (Guo et al., 2017, section 2)."""
+    _, right, confidence = reliability(logits, targets, bins).unbind(1)
+    return (right - confidence).abs().sum().item() / len(targets)
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """The temperature, of 400 between 0.1 and 10, at which logits [N, C] / T have the lowest NLL (Guo et al., 2017, section 4.2)."""
+    temperatures, targets = torch.logspace(-1, 1, 400), targets.cpu()
+    return min(temperatures.tolist(), key=lambda temperature: F.cross_entropy(logits / temperature, targets).item())
 
 
 def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
@@ -846,8 +954,11 @@ class Run:
         }
 
     def save(self, experiment: str, students: list[Student], val: Split, training: dict,
-             teacher: nn.Module | None = None, **distillation) -> None:  # fmt: skip
-        """Scores an experiment's students (and teacher) on `val` after their last epoch and writes `<folder>/<experiment>.json`."""
+             teacher: nn.Module | None = None, selection: Split | None = None, **distillation) -> None:  # fmt: skip
+        """Scores an experiment's students (and teacher) on `val` after their last epoch and writes `<folder>/<experiment>.json`.
+
+        With `selection`, each student is also scored after its logits are divided by one temperature that was fitted there.
+        """
         models = {student.name: student.model for student in students}
         other = {"experiment1": "Experiment 2", "experiment2": "Experiment 1"}[experiment]  # whose time is not ours
         size, teacher_logits = self.profile.image_size, None
@@ -859,7 +970,7 @@ class Run:
             "settings": {"image size": size, "seeds": self.profile.seeds, "validation images": len(val), **training},
             "distillation": distillation,
             "students": [
-                {"name": s.name, "seed": s.seed, "history": asdict(s.history), **score(predict(s.model, val), val, teacher_logits)}
+                {"name": s.name, "arm": s.arm, "seed": s.seed, "history": asdict(s.history), **_score(s.model, val, teacher_logits, selection)}
                 for s in students
                 if not s.stopped
             ],
@@ -868,15 +979,25 @@ class Run:
             "costs": {name: cost(model, size, self.device) for name, model in models.items()},
             "minutes": {stage: round(seconds / 60, 1) for stage, seconds in self.seconds.items() if other not in stage},
         }
-        _write_atomically(self.folder / f"{experiment}.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
+        _write_json(self.folder / f"{experiment}.json", record)
 
     def load(self, experiment: str) -> dict | None:
-        """What `save` wrote, or None if that experiment has not been run with this profile."""
+        """What `save` (or `search`) wrote, or None if that experiment has not been run with this profile."""
         path = self.folder / f"{experiment}.json"
         try:
             return json.loads(path.read_text()) if path.exists() else None
         except ValueError as error:
             _set_aside(path, f"not a readable record ({error})")
+
+
+def _score(model: nn.Module, val: Split, teacher_logits: Tensor | None, selection: Split | None) -> dict:
+    logits = predict(model, val)
+    result = score(logits, val, teacher_logits)
+    if selection is not None:
+        temperature = fit_temperature(predict(model, selection), selection.targets)
+        fitted = metrics(logits / temperature, val.targets)
+        result |= {"temperature": temperature, "fitted_nll": fitted["nll"], "fitted_ece": fitted["ece"]}
+    return result
 
 
 def score(logits: Tensor, split: Split, teacher_logits: Tensor | None = None) -> dict:
@@ -887,7 +1008,9 @@ def score(logits: Tensor, split: Split, teacher_logits: Tensor | None = None) ->
         "never_seen_accuracy": correct[unseen].double().mean().item() if unseen.any() else None,
         "never_seen_images": int(unseen.sum()),
         "agreement": agreement(logits, teacher_logits) if teacher_logits is not None else None,
+        "predicted": logits.argmax(1).tolist(),
         "confusion": confusion_matrix(logits, split.targets).tolist(),
+        "reliability": reliability(logits, split.targets).tolist(),
     }
 
 
@@ -918,7 +1041,7 @@ def _median_seconds(model: nn.Module, images: Tensor, repeats: int) -> float:
 
 # ── Report: tables, sentences and figures, made from the records alone ───────────────────────────────────────────────────────────
 
-COLOURS = {"alone": "#5b7a9d", "distilled": "#d1782f", "teacher": "#4d8b57"}
+COLOURS = {"alone": "#5b7a9d", "distilled": "#d1782f", "teacher": "#4d8b57", "smoothed": "#8a6fb0", "arg-max": "#b0a03c", "shuffled": "#b05c6e"}
 
 
 def _table(header: list[str], rows: list[list], align: str = "--:") -> str:
@@ -935,7 +1058,10 @@ def _percent(values: Interval, sign: str = "") -> str:
 def accuracy_table(run: Run, experiment: str) -> str:
     """One experiment's scores on `val`: means over seeds, the accuracy with its 95 % t-interval."""
     record = run.load(experiment)
-    groups = {s["name"]: [t for t in record["students"] if t["name"] == s["name"]] for s in record["students"]}
+    several = len({s["arm"] for s in record["students"]}) > 1
+    groups: dict[str, list] = {}
+    for s in record["students"]:
+        groups.setdefault(f"{s['name']}, {s['arm']}" if several else s["name"], []).append(s)
     if record["teacher"]:
         groups["ResNet-50, the teacher"] = [record["teacher"]]
     columns = {"NLL": ("nll", "{:.3f}"), "ECE": ("ece", "{:.3f}"), "agrees with the teacher on %": ("agreement", "{:.1%}")}
@@ -967,38 +1093,45 @@ def cost_table(costs: dict[str, dict]) -> str:
     return _table(["network", *columns], [[name, *(show(c) for show in columns.values())] for name, c in costs.items()])
 
 
-def compare(run: Run) -> dict[str, dict]:
-    """{student: {"alone", "distilled": {seed: accuracy}, "gain": Interval or None, …}} from the records of both experiments.
-
-    Gains are paired by seed. Raises ValueError if the two experiments ran with different settings.
-    """
+def results(run: Run) -> dict[str, dict[str, dict[int, dict]]]:
+    """{student: {arm: {seed: its record}}} from both experiments; raises ValueError if they ran with different settings."""
     first, second = run.load("experiment1"), run.load("experiment2")
     if first and second:
         one, two = ({**record["ran on"], **record["settings"]} for record in (first, second))
         differing = [f"{key}: {one.get(key)} / {two.get(key)}" for key in one | two if one.get(key) != two.get(key)]
         if differing:
             raise ValueError(f"Experiments 1 and 2 do not compare, run them again alike ({'; '.join(differing)})")
-    students: dict[str, dict] = {}
-    for arm, record in (("alone", first), ("distilled", second)):
-        for student in record["students"] if record else []:
-            students.setdefault(student["name"], {}).setdefault(arm, {})[student["seed"]] = student["accuracy"]
-    for arms in students.values():
-        pairs = sorted(arms.get("alone", {}).keys() & arms.get("distilled", {}).keys())
-        arms["gains"] = {seed: arms["distilled"][seed] - arms["alone"][seed] for seed in pairs}
-        arms["gain"] = interval(arms["gains"].values()) if pairs else None
-    return students
+    found: dict = {}
+    for record in filter(None, (first, second)):
+        for student in record["students"]:
+            if second:  # Experiment 1 has no teacher to be compared with
+                student["agreement"] = float(np.mean(np.equal(student["predicted"], second["teacher"]["predicted"])))
+                student["likeness"] = confusion_likeness(student["confusion"], second["teacher"]["confusion"])
+            found.setdefault(student["name"], {}).setdefault(student["arm"], {})[student["seed"]] = student
+    return found
+
+
+def differences(arms: dict, arm: str = "distilled", other: str = "alone", key: str = "accuracy") -> dict[int, float]:
+    """{seed: value with `arm` − value with `other`} for the seeds that both have: paired, so that what they share cancels."""
+    one, two = arms.get(arm, {}), arms.get(other, {})
+    return {seed: one[seed][key] - two[seed][key] for seed in sorted(one.keys() & two.keys())}
+
+
+def _values(members: dict[int, dict], key: str = "accuracy") -> Interval:
+    return interval(member[key] for member in members.values())
 
 
 def report_table(run: Run) -> str:
     """The result in one table; says what is missing if an experiment has not been run."""
     rows = []
-    for name, arms in compare(run).items():
-        alone, distilled = (_percent(interval(arms[arm].values())) if arm in arms else "not run" for arm in ("alone", "distilled"))
-        seeds = len(arms["gains"]) or len(arms.get("alone") or arms.get("distilled"))
-        rows.append([name, alone, distilled, _percent(arms["gain"], "+") if arms["gain"] else "—", seeds])
+    for name, arms in results(run).items():
+        alone, distilled = (_percent(_values(arms[arm])) if arm in arms else "not run" for arm in ("alone", "distilled"))
+        gains = list(differences(arms).values())
+        won = f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else "—"
+        rows.append([name, alone, distilled, _percent(interval(gains), "+") if gains else "—", won])
     missing = [key.replace("experiment", "Experiment ") for key in ("experiment1", "experiment2") if run.load(key) is None]
     note = f"\n\n**{' and '.join(missing)}: not run yet with profile `{run.profile.name}`.** Run its cells, then this report again."
-    return _table(["student", "alone %", "distilled %", "gain [95 % interval]", "seeds"], rows) + (note if missing else "")
+    return _table(["student", "alone %", "distilled %", "gain [95 % interval]", "seeds won"], rows) + (note if missing else "")
 
 
 REASONS = {
@@ -1009,22 +1142,150 @@ REASONS = {
 
 
 def report_verdict(run: Run) -> str:
-    """The verdict on each student, decided by the interval of its paired gains, and its reason."""
+    """The verdict on each student, decided by the interval of its paired gains, with its reason and what the controls say."""
     lines = []
-    for name, arms in compare(run).items():
-        if (gain := arms["gain"]) is None:
+    for name, arms in results(run).items():
+        if not (gains := differences(arms)):
             lines.append(f"- **{name}: no verdict.** A gain needs both experiments.")
             continue
-        wins = sum(value > 0 for value in arms["gains"].values())
+        gain, wins = interval(gains.values()), sum(value > 0 for value in gains.values())
         spread = f" (standard deviation {100 * gain.sd:.1f})" if gain.n > 1 else ""
         lines.append(
-            f"- **{name}: {verdict(gain)}.** Distillation changed its accuracy by {round(100 * gain.mean, 1) + 0.0:+.1f} points on average{spread}; "
+            f"- **{name}: {verdict(gain)}.** Distillation changed its accuracy by {_points(gain)} on average{spread}; "
             f"it was better with {wins} of {gain.n} seeds. "
             + ("Seeds that do not differ give no interval." if math.isnan(gain.low) else REASONS[verdict(gain)])
+            + _judge_controls(arms)
         )
     for record in filter(None, (run.load("experiment1"), run.load("experiment2"))):
         lines += [f"- **Left out:** {sentence}." for sentence in record["stopped"]]
     return "\n".join(lines) or "- No experiment has been run yet."
+
+
+def _points(gain: Interval) -> str:
+    return f"{round(100 * gain.mean, 1) + 0.0:+.1f} points"
+
+
+def _judge_controls(arms: dict) -> str:
+    """Was it the teacher's knowledge? Only if distillation helps, and beats every control, does the answer read yes."""
+    leads = {arm: interval(differences(arms, other=arm).values()) for arm in CONTROLS if differences(arms, other=arm)}
+    if not leads:
+        return ""
+    helped = verdict(interval(differences(arms).values())) == "helps"
+    found = ", ".join(f"{verdict_word(lead)} {arm}" for arm, lead in leads.items())
+    if helped and all(verdict(lead) == "helps" for lead in leads.values()):
+        return f" Was it the teacher's knowledge of the single image? Yes: distilled was {found}."
+    return f" Was it the teacher's knowledge of the single image? Not shown: distilled was {found}{'' if helped else ', and no gain over alone is established'}."
+
+
+def controls_table(run: Run) -> str:
+    """Each arm's gain over `alone` and the lead of `distilled` over it, both paired by seed with 95 % intervals."""
+    rows = []
+    for name, arms in results(run).items():
+        for arm in (*CONTROLS, "distilled"):
+            gains, leads = differences(arms, arm), differences(arms, other=arm)
+            if arm not in arms or not (gains or leads):
+                continue
+            lead = [_percent(interval(leads.values()), "+"), verdict_word(interval(leads.values())) + " it"] if leads and arm != "distilled" else ["—", "—"]
+            rows.append([name, arm, _percent(_values(arms[arm])), _percent(interval(gains.values()), "+") if gains else "—", *lead])
+    if not any(row[1] in CONTROLS for row in rows):
+        return f"No controls here: profile `{run.profile.name}` leaves them out; `study` and `full` train them."
+    return _table(["student", "arm", "accuracy %", "gain over alone", "lead of distilled over it", "distilled is"], rows)
+
+
+def verdict_word(lead: Interval) -> str:
+    """A verdict on a lead over another arm, in words for a table."""
+    return {"helps": "better than", "hurts": "worse than", "inconclusive": "not told apart from"}[verdict(lead)]
+
+
+def _compare_arms(run: Run, columns: dict[str, str], note: str) -> str:
+    """Means of what the records hold under `columns` {key: header}, alone and distilled, and the paired difference with its interval."""
+    rows = []
+    for name, arms in results(run).items():
+        known = [arm for arm in ("alone", "distilled") if all(columns.keys() <= member.keys() for member in arms.get(arm, {}).values())]
+        rows += [[name, arm, *(f"{_values(arms[arm], key).mean:.3f}" for key in columns)] for arm in known if arm in arms]
+        if differences(arms):
+            rows.append([name, "difference", *(_signed(interval(differences(arms, key=key).values())) for key in columns)])
+    return _table(["student", "", *columns.values()], rows) if rows else note
+
+
+def calibration_table(run: Run) -> str:
+    """NLL and ECE on `val`, as they are and after division of the logits by one temperature (see `Run.save`)."""
+    columns = {"nll": "NLL", "ece": "ECE", "temperature": "temperature", "fitted_nll": "NLL with it", "fitted_ece": "ECE with it"}
+    return _compare_arms(run, columns, "Nothing to compare yet.")
+
+
+def likeness_table(run: Run) -> str:
+    """How like the teacher the students are, and how accurate on the images that it has never seen."""
+    if not (record := run.load("experiment2")):
+        return "How like the teacher the students have become: this needs Experiment 2."
+    teacher = record["teacher"]
+    columns = {"agreement": "same answer as the teacher", "likeness": "correlation of confusions", "accuracy": "accuracy"}
+    if teacher["never_seen_accuracy"] is not None:
+        columns["never_seen_accuracy"] = f"accuracy on {teacher['never_seen_images']} never-seen images"
+    row = ["ResNet-50", "teacher", "—", "—", *(f"{teacher[key]:.3f}" for key in columns if "accuracy" in key)]
+    return _compare_arms(run, columns, "") + "\n" + "| " + " | ".join(row) + " |"
+
+
+def _signed(values: Interval) -> str:
+    return f"{values.mean:+.3f}" + ("" if math.isnan(values.low) else f" [{values.low:+.3f}, {values.high:+.3f}]")
+
+
+def confusion_likeness(confusion, teacher_confusion) -> float:
+    """The correlation of two networks' rates of confusing class i with class j, over all i ≠ j; nan where one confuses nothing."""
+    rates = [matrix / matrix.sum(1, keepdims=True).clip(1) for matrix in (np.asarray(confusion, float), np.asarray(teacher_confusion, float))]
+    one, two = (rate[~np.eye(len(rate), dtype=bool)] for rate in rates)
+    return float(np.corrcoef(one, two)[0, 1]) if one.std() and two.std() else math.nan
+
+
+def report_confusions(run: Run) -> str:
+    """Which classes the teacher mixes up most, and whether distilled students err like it more than students alone do."""
+    if not (record := run.load("experiment2")) or not run.load("experiment1"):
+        return "What the students learned of the teacher's confusions: this needs both experiments."
+    names, confusion = list(_info(run.dataset).classes.values()), np.array(record["teacher"]["confusion"])
+    wrong = confusion - np.diag(confusion.diagonal())
+    pairs = sorted(np.ndindex(wrong.shape), key=lambda pair: -wrong[pair])[:3]
+    told = "; ".join(f"{names[i]} taken for {names[j]} ({wrong[i, j]} of {confusion[i].sum()})" for i, j in pairs)
+    lines = [f"- The teacher's most frequent confusions: {told}."]
+    words = {"helps": "errs more like the teacher", "hurts": "errs less like the teacher", "inconclusive": "errs no more and no less like it, as far as this run can tell"}
+    for name, arms in results(run).items():
+        if differences(arms):
+            lines.append(f"- **{name}**: distilled, it {words[verdict(interval(differences(arms, key='likeness').values()))]}.")
+    return "\n".join(lines)
+
+
+# The notebook that these succeed (Imagenette at 160 px, one seed, 30 epochs, cross-entropy with the teacher's arg max): % alone, distilled.
+PREDECESSOR = {"Custom CNN": (84.3, 84.5), "LeNet-5": (72.2, 71.1)}
+
+
+def predecessor_table(run: Run) -> str:
+    """Next to the figures of the notebook that this one succeeds, with what keeps the two apart."""
+    if run.dataset != "imagenette2-160":
+        return "The notebook before this one used Imagenette, so there is nothing to compare with here."
+    rows = []
+    for name, arms in results(run).items():
+        if name in PREDECESSOR:
+            ours = [_percent(_values(arms[arm])) if arm in arms else "not run" for arm in ("alone", "distilled")]
+            rows.append([name, *PREDECESSOR[name], f"{PREDECESSOR[name][1] - PREDECESSOR[name][0]:+.1f}", *ours])
+    profile = run.profile
+    note = "comparable in image size" if profile.image_size == 160 else f"not comparable: {profile.image_size} px instead of 160"
+    return _table(["student", "before, alone %", "before, distilled %", "difference", "here, alone %", "here, distilled %"], rows) + (
+        f"\n\nIts one seed and 30 epochs give no interval; the sampling error of one accuracy alone is 1.1 to 1.4 points. This run: {note}, "
+        f"{profile.epochs} epochs, {len(profile.seeds)} seeds, and other layers in the custom CNN."
+    )
+
+
+def search_table(run: Run) -> str:
+    """The variations that a search tried, for students alone and distilled with the same temperature and alpha."""
+    if not (record := run.load("search")):
+        return f"No search here: profile `{run.profile.name}` leaves it out, or this dataset takes what was chosen on the other."
+    around, rows = record["around"], []
+    for name, variation in dict.fromkeys((trial["student"], trial["variation"]) for trial in record["trials"]):
+        here = [t for t in record["trials"] if (t["student"], t["variation"]) == (name, variation)]
+        alone = [t["accuracy"] for t in here if t["arm"] == "alone"]
+        distilled = [t["accuracy"] for t in here if all(t.get(key) == around[key] for key in ("temperature", "alpha"))]
+        rows.append([name, variation, *(f"{100 * values[0]:.1f}" if values else "stopped" for values in (alone, distilled))])
+    told = ", ".join(f"{key} {value}" for key, value in around.items())
+    return _table(["student", "variation", "alone %", "distilled %"], sorted(rows)) + f"\n\nAround {told}; one seed, {record['seed']}; % on `selection`, whose {record['images']} images give an accuracy a standard error of up to {50 / math.sqrt(record['images']):.1f} points."
 
 
 def provenance_table(run: Run) -> str:
@@ -1053,19 +1314,20 @@ def plot_images(images: Tensor, titles: list[str], columns: int = 10, normalised
 
 
 def plot_curves(students: list[Student]) -> None:
-    """Training and validation accuracy by epoch, one line per seed, one panel per kind of student."""
-    names = list(dict.fromkeys(student.name for student in students))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.2), squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, names):
-        for student, marker in zip((s for s in students if s.name == name), cycle("os^Dv")):
+    """Training and validation accuracy by epoch, one line per seed, one panel per kind of student and arm."""
+    names, arms = (list(dict.fromkeys(getattr(student, what) for student in students)) for what in ("name", "arm"))
+    size = (4.6 * len(names), 3.2 * len(arms))
+    figure, axes = plt.subplots(len(arms), len(names), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    for axis, (arm, name) in zip(axes.flat, product(arms, names)):
+        for student, marker in zip((s for s in students if (s.name, s.arm) == (name, arm)), cycle("os^Dv")):
             history, look = student.history, dict(color=COLOURS[student.arm], marker=marker, markersize=4)
             epochs = range(1, len(history.val_accuracy) + 1)
             axis.plot(epochs, 100 * np.array(history.train_accuracy), ":", alpha=0.6, label=f"train, seed {student.seed}", **look)
             axis.plot(epochs, 100 * np.array(history.val_accuracy), "-", label=f"val, seed {student.seed}", **look)
-        axis.set(title=f"{name}, {students[0].arm}", xlabel="epoch", ylabel="accuracy %", ylim=(0, 100))
+        axis.set(title=f"{name}, {arm}", xlabel="epoch", ylabel="accuracy %", ylim=(0, 100))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7)
     plt.show()
 
 
@@ -1088,27 +1350,99 @@ def plot_temperature(teacher: nn.Module, val: Split, temperatures=(1, 2, 4, 8)) 
 
 
 def plot_report(run: Run) -> None:
-    """Left: each seed's accuracy alone and distilled, joined. Right: the mean gain with its 95 % interval."""
-    if not (students := compare(run)):
+    """Left: each seed's accuracy alone and distilled, joined. Right: each arm's mean gain over `alone` with its 95 % interval."""
+    if not (students := results(run)):
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    bars: list[tuple[str, str, np.ndarray]] = []  # student, arm, gains in points
     for place, (name, arms) in enumerate(students.items()):
         for offset, arm in ((-0.15, "alone"), (0.15, "distilled")):
-            values = 100 * np.array(list(arms.get(arm, {}).values()))
+            values = 100 * np.array([member["accuracy"] for member in arms.get(arm, {}).values()])
             left.plot(np.full(len(values), place + offset), values, "o", color=COLOURS[arm], label=None if place else arm)
-        for seed in arms["gains"]:
-            pair = 100 * np.array([arms["alone"][seed], arms["distilled"][seed]])
+        for seed in differences(arms):
+            pair = 100 * np.array([arms[arm][seed]["accuracy"] for arm in ("alone", "distilled")])
             left.plot([place - 0.15, place + 0.15], pair, color="#999999", zorder=0)
-        if gain := arms["gain"]:
-            half = 0 if math.isnan(gain.low) else 100 * (gain.high - gain.mean)
-            right.errorbar(100 * gain.mean, place, xerr=half, fmt="o", color="#333333", capsize=5)
-            right.plot(100 * np.array(list(arms["gains"].values())), np.full(gain.n, place + 0.15), "|", color="#555555")
+        bars += [(name, arm, 100 * np.array(list(differences(arms, arm).values()))) for arm in (*CONTROLS, "distilled") if differences(arms, arm)]
+    for height, (_, arm, gains) in enumerate(bars):
+        gain = interval(gains)
+        half = 0 if math.isnan(gain.low) else gain.high - gain.mean
+        right.errorbar(gain.mean, height, xerr=half, fmt="o", color=COLOURS[arm], capsize=4)
+        right.plot(gains, np.full(gain.n, height + 0.25), "|", color=COLOURS[arm])
     left.set(xticks=range(len(students)), xticklabels=students, ylabel="validation accuracy %", xlim=(-0.6, len(students) - 0.4))
     left.legend()
     right.axvline(0, color="black", linewidth=1)
-    right.set(yticks=range(len(students)), yticklabels=students, ylim=(len(students) - 0.5, -0.5))
-    right.set(xlabel="gain by distillation, points", title="dot: mean, bar: 95 % interval, ticks: seeds")
-    right.title.set_fontsize(10)
+    right.set(yticks=range(len(bars)), yticklabels=[f"{name}, {arm}" for name, arm, _ in bars], ylim=(len(bars) - 0.5, -0.5))
+    right.set_xlabel("accuracy gained over the student alone, points")
+    right.set_title("dot: mean, bar: 95 % interval, ticks: seeds", fontsize=10)
+    plt.show()
+
+
+def plot_reliability(run: Run) -> None:
+    """How often a student is right when it is so sure: below the diagonal it is over-confident. Bins of under 20 answers are left out."""
+    if not (students := results(run)):
+        return
+    figure, axes = plt.subplots(1, len(students), figsize=(3.8 * len(students), 3.5), squeeze=False, layout="constrained")
+    for axis, (name, arms) in zip(axes.flat, students.items()):
+        axis.plot([0, 100], [0, 100], color="#999999", linewidth=1)
+        for arm in (arm for arm in ("alone", "distilled") if arm in arms):
+            count_, right, confidence = np.sum([member["reliability"] for member in arms[arm].values()], axis=0).T
+            shown = count_ >= 20
+            axis.plot(100 * confidence[shown] / count_[shown], 100 * right[shown] / count_[shown], "o-", color=COLOURS[arm], markersize=4, label=arm)
+        axis.set(title=name, xlabel="confidence %", ylabel="right %", xlim=(0, 100), ylim=(0, 100), aspect="equal")
+        axis.legend()
+    plt.show()
+
+
+def plot_classes(run: Run) -> None:
+    """Left: the teacher's confusions, % of each true class. Others: what distillation changed by class, each seed and the mean."""
+    students = {name: arms for name, arms in results(run).items() if differences(arms)}
+    if not students:
+        return
+    names, confusion = list(_info(run.dataset).classes.values()), np.array(run.load("experiment2")["teacher"]["confusion"], float)
+    figure, axes = plt.subplots(1, 1 + len(students), figsize=(6 + 2.6 * len(students), 4.2), layout="constrained", width_ratios=[2] + [1] * len(students))
+    shares = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
+    axes[0].imshow(np.where(np.eye(len(names)), np.nan, shares), cmap="Greens", aspect="auto")
+    for row, column in np.ndindex(shares.shape):
+        axes[0].text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=7)
+    axes[0].set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, title="teacher: % of a true class (row) called …")
+    axes[0].set_xticklabels(names, rotation=45, ha="right")
+    for axis, (name, arms) in zip(axes[1:], students.items()):
+        recalls = {arm: {seed: _recalls(member["confusion"]) for seed, member in arms[arm].items()} for arm in ("alone", "distilled")}
+        gains = 100 * np.array([recalls["distilled"][seed] - recalls["alone"][seed] for seed in differences(arms)])  # [seeds, C]
+        axis.barh(range(len(names)), gains.mean(0), color=COLOURS["distilled"], alpha=0.6)
+        for gain in gains:
+            axis.plot(gain, range(len(names)), "|", color="#333333")
+        axis.axvline(0, color="black", linewidth=1)
+        axis.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=[], xlabel="points")
+        axis.set_title(f"{name}: gain by class", fontsize=10)
+    axes[0].title.set_fontsize(10)
+    axes[0].tick_params(labelsize=8)
+    plt.show()
+
+
+def _recalls(confusion) -> np.ndarray:
+    confusion = np.asarray(confusion, float)
+    return confusion.diagonal() / confusion.sum(1).clip(1)
+
+
+def plot_search(run: Run) -> None:
+    """Accuracy on the selection split by temperature and alpha, and in brackets what that is above the student alone."""
+    if not (record := run.load("search")):
+        return
+    trials = [trial for trial in record["trials"] if trial["variation"] == "as chosen"]
+    names = list(dict.fromkeys(trial["student"] for trial in trials))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.4 * len(names), 2.8), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, names):
+        level = {(t.get("alpha"), t.get("temperature")): 100 * t["accuracy"] for t in trials if t["student"] == name}
+        alone = level.pop((None, None), math.nan)
+        alphas, temperatures = (sorted({key[place] for key in level}) for place in (0, 1))
+        change = np.array([[level.get((alpha, t), math.nan) - alone for t in temperatures] for alpha in alphas])
+        bound = max(np.nanmax(np.abs(change)), 1) if np.isfinite(change).any() else 1
+        axis.imshow(change, cmap="PuOr_r", vmin=-2 * bound, vmax=2 * bound, aspect="auto")  # white: as good as alone
+        for row, column in np.ndindex(change.shape):
+            axis.text(column, row, f"{alone + change[row, column]:.1f}\n({change[row, column]:+.1f})", ha="center", va="center")
+        axis.set(xticks=range(len(temperatures)), xticklabels=temperatures, yticks=range(len(alphas)), yticklabels=alphas)
+        axis.set(xlabel="temperature", ylabel="alpha", title=f"{name}, % on selection (alone: {alone:.1f})")
     plt.show()
 
 
@@ -1136,6 +1470,10 @@ def _write_atomically(path: Path, write) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _write_json(path: Path, content: dict) -> None:
+    _write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def _save_if_possible(content: dict, path: Path) -> None:
@@ -1302,7 +1640,7 @@ def _fingerprint(students: list[Student], teacher: nn.Module | None, train: Spli
         **settings,
         "precision": str(choose_precision(train.images.device)),
         "classes": train.classes,
-        "students": [f"{student.name}, seed {student.seed}, {student.arm}" for student in students],
+        "students": [f"{student.name}, seed {student.seed}, {student.arm}, {student.lr}" for student in students],
         "losses": [_describe_loss(student.loss) for student in students],
         **{split: _digest([data.images, data.targets]) for split, data in (("train", train), ("val", val))},
         **{who: [_describe_model(model) for model in group] for who, group in models.items()},
