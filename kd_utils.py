@@ -1371,7 +1371,7 @@ def plot_report(run: Run) -> None:
     left.set(xticks=range(len(students)), xticklabels=students, ylabel="validation accuracy %", xlim=(-0.6, len(students) - 0.4))
     left.legend()
     right.axvline(0, color="black", linewidth=1)
-    right.set(yticks=range(len(bars)), yticklabels=[f"{name}, {arm}" for name, arm, _ in bars], ylim=(len(bars) - 0.5, -0.5))
+    right.set(yticks=range(len(bars)), yticklabels=[f"{name}, {arm}" for name, arm, _ in bars], ylim=(max(len(bars), 1) - 0.5, -0.5))
     right.set_xlabel("accuracy gained over the student alone, points")
     right.set_title("dot: mean, bar: 95 % interval, ticks: seeds", fontsize=10)
     plt.show()

@@ -25,14 +25,20 @@ def numpy_loss(student, teacher, targets, temperature, alpha):
     return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy, gradient
 
 
+def numpy_cross_entropy(student, wanted):
+    """Cross-entropy with target probabilities [B, C], and its gradient, in float64."""
+    answer = softmax(student)
+    return -(wanted * np.log(answer)).sum() / len(wanted), (answer - wanted) / len(wanted)
+
+
 def random_logits(seed=0, batch=7, classes=10, scale=3.0):
     rng = np.random.default_rng(seed)
     return rng.normal(0, scale, (batch, classes)), rng.normal(0, scale, (batch, classes)), rng.integers(0, classes, batch)
 
 
-def gradient_of(student, teacher, targets, temperature, alpha):
+def gradient_of(student, teacher, targets, *settings, loss=kd.distillation_loss):
     logits = torch.tensor(student, dtype=torch.float32, requires_grad=True)
-    loss = kd.distillation_loss(logits, torch.tensor(teacher, dtype=torch.float32), torch.tensor(targets), temperature, alpha)
+    loss = loss(logits, torch.tensor(teacher, dtype=torch.float32), torch.tensor(targets), *settings)
     loss.backward()
     return loss.item(), logits.grad.numpy()
 
@@ -113,3 +119,71 @@ def test_bad_arguments_are_named(change, message):
     arguments = dict(student_logits=torch.zeros(4, 10), teacher_logits=torch.zeros(4, 10), targets=torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match=message):
         kd.distillation_loss(**{**arguments, "temperature": 4.0, "alpha": 0.5, **change})
+
+
+def test_smoothed_loss_matches_numpy():
+    for seed in range(5):
+        student, teacher, targets = random_logits(seed)
+        expected, expected_gradient = numpy_cross_entropy(student, 0.9 * np.eye(10)[targets] + 0.01)
+        value, gradient = gradient_of(student, teacher, targets, loss=kd.smoothed_loss)
+        assert value == pytest.approx(expected, rel=1e-4)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_argmax_loss_matches_numpy(alpha):
+    for seed in range(5):
+        student, teacher, targets = random_logits(seed)
+        wanted = alpha * np.eye(10)[teacher.argmax(1)] + (1 - alpha) * np.eye(10)[targets]
+        expected, expected_gradient = numpy_cross_entropy(student, wanted)
+        value, gradient = gradient_of(student, teacher, targets, alpha, loss=kd.argmax_loss)
+        assert value == pytest.approx(expected, rel=1e-4)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature, alpha", [(1.0, 0.5), (4.0, 0.9)])
+def test_shuffled_loss_matches_numpy(temperature, alpha):
+    for seed in range(5):
+        student, teacher, _ = random_logits(seed, batch=12)
+        targets = np.arange(12) % 3
+        torch.manual_seed(seed)
+        order = kd.shuffle_within_class(torch.tensor(targets)).numpy()
+        expected, expected_gradient = numpy_loss(student, teacher[order], targets, temperature, alpha)
+        torch.manual_seed(seed)
+        value, gradient = gradient_of(student, teacher, targets, temperature, alpha, loss=kd.shuffled_loss)
+        assert value == pytest.approx(expected, rel=1e-4)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_shuffled_loss_is_the_distillation_loss_where_a_class_has_one_answer():
+    student, teacher, targets = (torch.tensor(value) for value in random_logits(batch=30))
+    assert torch.equal(kd.shuffled_loss(student, teacher[targets], targets, 2.0, 0.5), kd.distillation_loss(student, teacher[targets], targets, 2.0, 0.5))
+
+
+@pytest.mark.parametrize("batch, classes", [(64, 10), (64, 3), (5, 5), (7, 20), (1, 1), (128, 1)])
+def test_shuffle_stays_within_the_class_and_moves_everyone_who_can(batch, classes):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        targets = torch.randint(classes, (batch,))
+        order = kd.shuffle_within_class(targets)
+        assert torch.equal(order.sort().values, torch.arange(batch))  # an exchange: each answer is given once
+        assert torch.equal(targets[order], targets)
+        alone = targets.bincount()[targets] == 1
+        assert torch.equal(order == torch.arange(batch), alone)
+
+
+def test_shuffle_is_drawn_anew_from_the_generator():
+    targets = torch.arange(64) % 4
+    torch.manual_seed(0)
+    first, second = kd.shuffle_within_class(targets), kd.shuffle_within_class(targets)
+    torch.manual_seed(0)
+    assert torch.equal(first, kd.shuffle_within_class(targets)) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("loss", [kd.argmax_loss, kd.shuffled_loss])
+def test_controls_refuse_what_distillation_refuses(loss):
+    settings = {"alpha": 0.5} if loss is kd.argmax_loss else {"alpha": 0.5, "temperature": 2.0}
+    with pytest.raises(ValueError, match="give `fit` a teacher"):
+        loss(torch.zeros(4, 10), None, torch.zeros(4, dtype=torch.long), **settings)
+    with pytest.raises(ValueError, match="alpha"):
+        loss(torch.zeros(4, 10), torch.zeros(4, 10), torch.zeros(4, dtype=torch.long), **{**settings, "alpha": 2.0})

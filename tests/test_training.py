@@ -1,7 +1,6 @@
-"""Models, cohorts, metrics, statistics and the report."""
+"""Models, cohorts, metrics and statistics."""
 
 import copy
-import json
 from functools import partial
 
 import matplotlib
@@ -171,6 +170,35 @@ def test_mixed_precision_trains_and_leaves_the_teacher_alone(train, precision, m
     assert same_weights(teacher.cpu(), before) and next(student.model.parameters()).dtype == torch.float32
 
 
+def test_control_arms_only_where_the_profile_has_them():
+    losses = {"alone": kd.label_loss, "smoothed": kd.smoothed_loss, "mine": kd.label_loss}
+    for profile, arms in (("demo", ["alone", "mine"]), ("study", ["alone", "smoothed", "mine"])):
+        students = kd.make_cohort(3, kd.PROFILES[profile], losses)
+        pairs = len(kd.STUDENTS) * len(kd.PROFILES[profile].seeds)
+        assert [s.arm for s in students] == [arm for arm in arms for _ in range(pairs)]
+        assert all(s.loss is losses[s.arm] for s in students)
+        first = {s.arm: s.model for s in students if (s.name, s.seed) == ("LeNet-5", 1)}
+        assert all(same_weights(first["alone"], model) for model in first.values())  # paired by seed
+
+
+def test_a_student_may_have_a_learning_rate_of_its_own(train):
+    slow, fast = cohort(), cohort()
+    fast[0].lr = 2 * TRAINING["lr"]
+    kd.fit(slow + fast, train, train, **TRAINING)
+    alike = kd.fit(cohort(), train, train, **{**TRAINING, "lr": 2 * TRAINING["lr"]})
+    assert same_weights(fast[0].model, alike[0].model) and not same_weights(fast[0].model, slow[0].model)
+
+
+def test_views_hold_at_least_the_smallest_crop(train):
+    for min_crop in (0.1, 0.8):
+        generator = torch.Generator().manual_seed(0)
+        box = kd.sample_crops(1000, 64, generator, (min_crop, 1.0))
+        area = (box[:, 2] * box[:, 3]).float() / 64**2
+        assert area.min() > min_crop - 0.03 and (min_crop == 0.8 or area.min() < 0.2)
+    wide, narrow = (next(iter(kd.BatchStream(train, 16, 0, crop).epoch(0)))[0] for crop in (0.1, 0.9))
+    assert not torch.equal(wide, narrow)
+
+
 def test_seeds_differ():
     first, second = cohort(seeds=(0, 1))
     assert not same_weights(first.model, second.model) and same_weights(first.model, cohort(seeds=(0,))[0].model)
@@ -230,6 +258,25 @@ def test_metrics_by_hand():
     assert kd.agreement(logits, -logits) == 0 and kd.agreement(logits, 2 * logits) == 1
 
 
+def test_reliability_counts_every_answer_once():
+    logits, targets = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 5
+    count, right, confidence = kd.reliability(logits, targets, bins=10).unbind(1)
+    assert count.sum() == 200 and right.sum() == (logits.argmax(1) == targets).sum()
+    inside = count > 0
+    mean = (confidence / count)[inside]
+    upper = torch.arange(1, 11)[inside] / 10
+    assert ((upper - 0.1 < mean) & (mean <= upper)).all()
+
+
+def test_fitted_temperature_undoes_a_scaling():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(5000, 10, generator=generator)
+    targets = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)  # perfectly calibrated
+    assert kd.fit_temperature(logits, targets) == pytest.approx(1, abs=0.05)
+    assert kd.fit_temperature(3 * logits, targets) == pytest.approx(3, rel=0.05)
+    assert kd.expected_calibration_error(3 * logits, targets) > 0.1 > 0.03 > kd.expected_calibration_error(logits, targets)
+
+
 def test_overconfidence_and_underconfidence_in_one_bin_cancel():
     logits = torch.tensor([[0.0, 4.0]] * 10)
     confidence = torch.sigmoid(torch.tensor(4.0)).item()
@@ -255,50 +302,6 @@ def test_verdicts(gains, expected):
     assert kd.verdict(kd.interval(gains)) == expected
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
-    return kd.Run("imagewoof2-160", "demo")
-
-
-def record(run, experiment, train, seeds=(0, 1)):
-    teacher = tiny_teacher() if experiment == "experiment2" else None
-    students = cohort("alone" if teacher is None else "distilled", seeds=seeds)
-    run.save(experiment, students, train, TRAINING, teacher, **({"temperature": 2.0, "alpha": 0.5} if teacher else {}))
-
-
-def test_report_says_what_is_missing(run, train):
-    assert "Experiment 1 and Experiment 2: not run yet" in kd.report_table(run) and "No experiment" in kd.report_verdict(run)
-    record(run, "experiment2", train)
-    assert "Experiment 1: not run yet" in kd.report_table(run) and "no verdict" in kd.report_verdict(run)
-    record(run, "experiment1", train)
-    assert "not run" not in kd.report_table(run) and "LeNet-5: inconclusive" in kd.report_verdict(run)
-
-
-def test_report_is_made_from_the_records(run, train):
-    record(run, "experiment1", train), record(run, "experiment2", train)
-    for experiment, accuracies in (("experiment1", (0.50, 0.60)), ("experiment2", (0.53, 0.62))):
-        path = run.folder / f"{experiment}.json"
-        content = json.loads(path.read_text())
-        for student, accuracy in zip(content["students"], accuracies):
-            student["accuracy"] = accuracy
-        path.write_text(json.dumps(content))
-    # gains 3 and 2 points: mean 2.5, sd 0.7071, half width 12.706 · 0.7071 / √2 = 6.353
-    assert "| LeNet-5 | 55.0 [0.0, 100.0] | 57.5 [0.3, 100.0] | +2.5 [-3.9, +8.9] | 2 |" in kd.report_table(run)
-    assert "+2.5 points on average (standard deviation 0.7); it was better with 2 of 2 seeds" in kd.report_verdict(run)
-    table = kd.provenance_table(run)
-    assert "random initialisation" in table and torch.__version__ in table and "| temperature | — | 2.0 |" in table
-    kd.plot_report(run)
-
-
-def test_experiments_that_do_not_compare_are_refused(run, train):
-    record(run, "experiment1", train), record(run, "experiment2", train)
-    path = run.folder / "experiment1.json"
-    path.write_text(path.read_text().replace('"epochs": 2', '"epochs": 20'))
-    with pytest.raises(ValueError, match="do not compare.*epochs: 20 / 2"):
-        kd.report_table(run)
-
-
 def test_never_seen_accuracy_counts_only_those_images(train):
     logits = torch.nn.functional.one_hot(train.targets, 3).float()
     logits[:6] = logits[:6].roll(1, dims=1)  # six of the twelve never-seen images wrong
@@ -315,10 +318,10 @@ def test_costs_are_counted():
 
 
 def test_profiles(monkeypatch):
-    assert set(kd.PROFILES) == {"full", "gpu", "cpu", "demo"} and len(kd.PROFILES["full"].seeds) >= 5
+    assert set(kd.PROFILES) == {"full", "gpu", "cpu", "study", "demo"} and len(kd.PROFILES["full"].seeds) >= 5
     monkeypatch.setenv("KD_PROFILE", "demo")
     assert kd.choose_profile().name == "demo" and kd.choose_profile("cpu").name == "cpu"
-    with pytest.raises(ValueError, match="unknown profile 'fast'.*full, gpu, cpu, demo"):
+    with pytest.raises(ValueError, match="unknown profile 'fast'.*full, gpu, cpu, study, demo"):
         kd.choose_profile("fast")
     with pytest.raises(ValueError, match="unknown dataset 'imagewoof'"):
         kd.Run("imagewoof")
