@@ -1277,7 +1277,8 @@ def predecessor_table(run: Run) -> str:
 def search_table(run: Run) -> str:
     """The variations that a search tried, for students alone and distilled with the same temperature and alpha."""
     if not (record := run.load("search")):
-        return f"No search here: profile `{run.profile.name}` leaves it out, or this dataset takes what was chosen on the other."
+        why = "the settings are those chosen on Imagewoof" if run.profile.search else f"profile `{run.profile.name}` leaves it out"
+        return f"No search here: {why}."
     around, rows = record["around"], []
     for name, variation in dict.fromkeys((trial["student"], trial["variation"]) for trial in record["trials"]):
         here = [t for t in record["trials"] if (t["student"], t["variation"]) == (name, variation)]

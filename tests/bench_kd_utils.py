@@ -6,9 +6,11 @@ Uses Imagewoof where data/ holds it, and the drawn images otherwise.
 
 import argparse
 import os
+import resource
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -60,12 +62,38 @@ def row(what, times, over, under, unit="s", amount=None, target=None):
     print(f"| {what} | {sides} | {over} ÷ {under} (time) | {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]{aim} |", flush=True)
 
 
+@contextmanager
+def precision(dtype):
+    """Lets everything in kd_utils compute in `dtype`."""
+    chosen, kd.choose_precision = kd.choose_precision, lambda device: dtype
+    try:
+        yield
+    finally:
+        kd.choose_precision = chosen
+
+
+def peak_bytes(work, device):
+    """The most memory in use during `work`: of the device, or of this process on a CPU (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        work()
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except OSError:
+        work()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the process began
+
+
 class Bench:
     def __init__(self, device, size, batch_size, images, repeats):
         self.device, self.size, self.batch_size, self.repeats = device, size, batch_size, repeats
         name = "imagewoof2-160" if (ROOT / "data" / "imagewoof2-160").exists() else "demo"
         self.folder = kd.download_dataset(name, ROOT / "data")
         data = kd.load_images(self.folder, size, device)
+        self.val = data["val"]
         chosen = torch.linspace(0, len(data["train"]) - 1, min(images, len(data["train"]))).long()
         self.train = data["train"].subset(chosen)
         self.stream = kd.BatchStream(self.train, batch_size)
@@ -164,6 +192,88 @@ class Bench:
         times = alternate(self.device, self.repeats, teacher=partial(together, []), step=partial(together, steppers[:4]))
         row("4 the teacher's share of a step of four", times, "teacher", "step")
 
+    def precision_and_layout(self):
+        """One training step of the custom CNN and one batch of the teacher, in every combination that the device knows."""
+        images, targets = next(iter(self.stream.epoch(0)))
+        dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if self.device.type == "cuda" else [])
+        layouts = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
+        training, inference = {}, {}
+        for dtype in dtypes:
+            for layout, memory_format in layouts.items():
+                for compiled in (False, True):
+                    name = f"{str(dtype).removeprefix('torch.')}, {layout}{', compiled' if compiled else ''}"
+                    batch = images.contiguous(memory_format=memory_format)
+                    with precision(dtype):
+                        stepper = self.stepper()
+                    stepper.student.model.to(memory_format=memory_format)
+                    teacher = kd.freeze(kd.build_teacher(10, None)).to(self.device, memory_format=memory_format)
+                    if compiled:
+                        stepper.student.model.compile()
+                        teacher.compile()
+                    training[name] = partial(self._in, dtype, [stepper], batch, targets)
+                    inference[name] = partial(self._in, dtype, [], batch, targets, teacher)
+        for what, sides in (("custom CNN, training", training), ("teacher, inference", inference)):
+            times = alternate(self.device, self.repeats, **sides)
+            for name in sides:
+                row(f"5 {what}: {name}", {"float32, channels first": times["float32, channels first"], name: times[name]},
+                    "float32, channels first", name, "images/s", self.batch_size)  # fmt: skip
+
+    def _in(self, dtype, *step):
+        with precision(dtype):
+            self.one_step(*step)
+
+    def growth(self):
+        """Time and memory of a distilling step by batch and image size, and of an epoch by the number of images."""
+        steppers = [self.stepper(build, DISTILLATION) for build in kd.STUDENTS.values()]
+        for size in sorted({64, 96, 128, self.size}):
+            self._grow(f"6 {size} px, batch {self.batch_size}", steppers, self.batch_size, size)
+        for batch_size in (self.batch_size // 2, 2 * self.batch_size):
+            self._grow(f"6 {self.size} px, batch {batch_size}", steppers, batch_size, self.size)
+        for part in (4, 2, 1):
+            stream = kd.BatchStream(self.train.subset(torch.arange(0, len(self.train), part)), self.batch_size)
+            times = alternate(self.device, self.repeats, epoch=lambda: [self.one_step(steppers, *batch, self.teacher) for batch in stream.epoch(0)])
+            self._tell(f"6 epoch of {stream.steps * stream.batch_size} images", times["epoch"], stream.steps * stream.batch_size)
+        files = [self.folder / "train" / file for file in self.train.files]
+        took = alternate(self.device, 1, decode=lambda: kd.decode_images(files, self.size))["decode"]
+        self._tell(f"6 decode, cache of {3 * self.size**2:,} bytes an image", took, len(files))
+
+    def _grow(self, what, steppers, batch_size, size):
+        images = F.interpolate(self.train.images[:batch_size].float(), size)
+        batch = kd.normalise(images), self.train.targets[:batch_size], self.teacher
+        times = alternate(self.device, self.repeats, step=partial(self.one_step, steppers, *batch))["step"]
+        peak = peak_bytes(partial(self.one_step, steppers, *batch), self.device)
+        self._tell(what, times, batch_size, f", peak {peak / 2**20:,.0f} MiB")
+
+    def _tell(self, what, times, images, more=""):
+        took = statistics.median(times)
+        print(f"| {what} | {took:.3f} s{more} | time an image | {1000 * took / images:.2f} ms [{1000 * min(times) / images:.2f}, "
+              f"{1000 * max(times) / images:.2f}] |", flush=True)  # fmt: skip
+
+    def accuracy(self, epochs=6, seeds=(0, 1, 2)):
+        """The custom CNN after the same few epochs: ours, and a plain float32 loop with the same optimiser and schedule."""
+        ours = kd.fit(kd.make_students(10, seeds, architectures={"Custom CNN": kd.CustomCNN}), self.train, self.val,
+                      epochs=epochs, batch_size=self.batch_size, lr=2e-3, weight_decay=0.05)  # fmt: skip
+        ours = [student.history.val_accuracy[-1] for student in ours]
+        plain = [self._plain_accuracy(seed, epochs) for seed in seeds]
+        gap = kd.interval(a - b for a, b in zip(ours, plain))
+        print(f"| 8 accuracy on val after {epochs} epochs | ours {100 * statistics.mean(ours):.1f} %, plain {100 * statistics.mean(plain):.1f} % | "
+              f"ours − plain, {len(seeds)} seeds | {100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points |", flush=True)  # fmt: skip
+
+    def _plain_accuracy(self, seed, epochs):
+        torch.manual_seed(seed)
+        model, loader = kd.CustomCNN(10).to(self.device), self.loader()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * len(loader), cycle_momentum=False)
+        for _ in range(epochs):
+            model.train()
+            for images, targets in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(model(images.to(self.device)), targets.to(self.device)).backward()
+                optimizer.step()
+                schedule.step()
+        with precision(torch.float32):
+            return kd.metrics(kd.predict(model, self.val), self.val.targets)["accuracy"]
+
     def limit(self):
         """Each network's share of the rate of a large matrix product, alternating with it."""
         n, dtype = (8192 if self.device.type == "cuda" else 2048), kd.choose_precision(self.device)
@@ -192,7 +302,8 @@ class Bench:
                   f"{statistics.median(shares):.0f} % [{min(shares):.0f}, {max(shares):.0f}]{f' | target {aim}' if aim else ''} |", flush=True)  # fmt: skip
 
 
-PARTS = {1: Bench.input_path, 2: Bench.overhead, 3: Bench.epoch, 4: Bench.cohort, 7: Bench.limit}
+PARTS = {1: Bench.input_path, 2: Bench.overhead, 3: Bench.epoch, 4: Bench.cohort, 5: Bench.precision_and_layout, 6: Bench.growth,
+         7: Bench.limit, 8: Bench.accuracy}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
