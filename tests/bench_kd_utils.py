@@ -14,11 +14,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +88,32 @@ def peak_bytes(work, device):
     except OSError:
         work()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the process began
+
+
+T4 = {"flops": 65e12, "bytes": 320e9}  # a second, at most, in float16 (NVIDIA's data sheet of the T4)
+REACHED = {"flops": 0.35, "bytes": 0.7}  # shares of these, an assumption
+
+
+class Roofline(TorchDispatchMode):
+    """Adds up each operation's least time: by its FLOPs or by the bytes it reads and writes, whichever takes longer.
+
+    Williams, Waterman & Patterson, 2009. Run it with tensors on the meta device, which have shapes and no content.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.spent = np.zeros(3)  # seconds, FLOPs, bytes
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation.is_view:
+            return result
+        count = flop_registry.get(operation.overloadpacket, lambda *_, **__: 0)
+        flops = count(*args, **(kwargs or {}), out_val=result)
+        moved = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        least = max(flops / (T4["flops"] * REACHED["flops"]), moved / (T4["bytes"] * REACHED["bytes"]))
+        self.spent += least, flops, moved
+        return result
 
 
 class Bench:
@@ -301,9 +330,47 @@ class Bench:
             print(f"| {what} | product {product:,.0f}, network {network:,.0f} GFLOP/s | network ÷ product (rate) | "
                   f"{statistics.median(shares):.0f} % [{min(shares):.0f}, {max(shares):.0f}]{f' | target {aim}' if aim else ''} |", flush=True)  # fmt: skip
 
+    def estimate(self):
+        """What a notebook with profile `gpu` should take on a T4, from the FLOPs and bytes of its operations."""
+        profile, info = kd.PROFILES["gpu"], kd.DATASETS["imagenette2-160"]
+        train, val = info.counts["train"], info.counts["val"]
+        students = [self._roofline(build(10), profile) for build in kd.STUDENTS.values()]
+        (learn, infer), rounds = self._roofline(kd.build_teacher(10, None), profile), profile.epochs
+        alone = rounds * len(profile.seeds) * sum(train * step + val * look for step, look in students)
+        augment = rounds * train * self._augmentation(profile)
+        files = [self.folder / "train" / file for file in self.train.files[:1024]]
+        decode = seconds(lambda: kd.decode_images(files, profile.image_size), torch.device("cpu")) * (train + val) / len(files)
+        parts = {
+            "students alone": alone + augment,
+            "teacher": profile.teacher_epochs * (train * learn + val * infer),
+            "students distilled": alone + augment + rounds * train * infer,
+        }
+        shown = ", ".join(f"{name} {took / 60:.1f} min" for name, (took, *_) in parts.items())
+        took, flops, moved = sum(parts.values()) + [decode, 0, 0]
+        print(f"| 9 a notebook, profile gpu, on a T4: an estimate | {shown}; decoding, on this CPU, {decode / 60:.1f} min | "
+              f"{flops / 1e15:.1f} PFLOP, {moved / 1e12:.1f} TB | {took / 60:.1f} min | target ≤ 20 min |", flush=True)  # fmt: skip
+
+    def _roofline(self, model, profile):
+        """Seconds, FLOPs and bytes an image, of training and of inference."""
+        model = model.to("meta", torch.float16, memory_format=torch.channels_last)
+        batch, size = profile.batch_size, profile.image_size
+        images = torch.empty(batch, 3, size, size, dtype=torch.float16, device="meta").contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), Roofline() as inference:
+            model.eval()(images)
+        with Roofline() as training:
+            F.cross_entropy(model.train()(images).float(), torch.empty(batch, dtype=torch.long, device="meta")).backward()
+        return training.spent / batch, inference.spent / batch
+
+    def _augmentation(self, profile):
+        batch, size = profile.batch_size, profile.image_size
+        images = torch.empty(batch, 3, size, size, dtype=torch.uint8, device="meta")
+        with Roofline() as augmentation:
+            kd.normalise(kd.crop_and_resize(images, torch.ones(batch, 4), torch.ones(batch, dtype=torch.bool)))
+        return augmentation.spent / batch
+
 
 PARTS = {1: Bench.input_path, 2: Bench.overhead, 3: Bench.epoch, 4: Bench.cohort, 5: Bench.precision_and_layout, 6: Bench.growth,
-         7: Bench.limit, 8: Bench.accuracy}  # fmt: skip
+         7: Bench.limit, 8: Bench.accuracy, 9: Bench.estimate}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
