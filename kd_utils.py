@@ -343,8 +343,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def normalise(images: Tensor) -> Tensor:
     """[B, 3, S, S] with values 0…255 ─► float32 with ImageNet's channel statistics removed, channels_last."""
-    mean, std = (255 * torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = _channel_statistics(images.device)
     return images.float().sub(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+@cache  # made once: each transfer makes the host wait for the device
+@torch.inference_mode(False)
+def _channel_statistics(device: torch.device) -> list[Tensor]:
+    return [255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]
 
 
 def sample_crops(count: int, size: int, generator: torch.Generator, scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3)) -> Tensor:
@@ -391,15 +397,15 @@ class BatchStream:
 
     def epoch(self, epoch: int, first: int = 0):
         """Yields (images [B, 3, S, S] float32 normalised, targets [B] int64) on the split's device, from batch `first` on."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.split), generator=generator)[: self.steps * self.batch_size]
-        for step, indices in enumerate(order.split(self.batch_size)):
-            boxes = sample_crops(len(indices), self.split.images.shape[-1], generator, (self.min_crop, 1.0))
-            flip = torch.rand(len(indices), generator=generator) < 0.5
-            if step < first:
-                continue  # what the skipped batches draw has to be drawn all the same
-            indices = indices.to(self.split.images.device)
-            yield normalise(crop_and_resize(self.split.images[indices], boxes, flip)), self.split.targets[indices]
+        generator, size = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch), self.split.images.shape[-1]
+        order = torch.randperm(len(self.split), generator=generator)[: self.steps * self.batch_size].view(self.steps, self.batch_size)
+        crops, flips = zip(*((sample_crops(self.batch_size, size, generator, (self.min_crop, 1.0)),
+                              torch.rand(self.batch_size, generator=generator) < 0.5) for _ in order))  # fmt: skip
+        # All of an epoch's choices go to the device at once: each transfer makes the host wait for it.
+        order, crops, flips = (choices.to(self.split.images.device) for choices in (order, torch.stack(crops), torch.stack(flips)))
+        for step in range(first, self.steps):
+            images, targets = self.split.images[order[step]], self.split.targets[order[step]]
+            yield normalise(crop_and_resize(images, crops[step], flips[step])), targets
 
 
 # ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
