@@ -300,7 +300,7 @@ def _load_split(folder: Path, split: str, classes: dict[str, str], size: int, de
     files = [str(path.relative_to(folder / split)) for group in paths for path in group]
     cache = folder.parent / "cache" / f"{folder.name}-{split}-{size}px.pt"
     cached = _read_saved(cache, {"stamp", "images"})
-    stamp = [f"{path} {path.stat().st_size}" for group in paths for path in group]  # another file, another decoding
+    stamp = [f"{file} {(folder / split / file).stat().st_size}" for file in files]  # another file, another decoding
     if cached is None or cached["stamp"] != stamp:
         cached = {"stamp": stamp, "images": decode_images([folder / split / file for file in files], size)}
         _save_if_possible(cached, cache)
