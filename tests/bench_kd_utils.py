@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import kd_utils as kd
 
+kd.tqdm = partial(kd.tqdm, file=sys.stderr)  # nothing but the table on stdout
 TRAINING = dict(lr=2e-3, weight_decay=0.05, body_lr=None)
 DISTILLATION = partial(kd.distillation_loss, temperature=2.0, alpha=0.5)
 
@@ -280,8 +281,9 @@ class Bench:
 
     def accuracy(self, epochs=6, seeds=(0, 1, 2)):
         """The custom CNN after the same few epochs: ours, and a plain float32 loop with the same optimiser and schedule."""
-        ours = kd.fit(kd.make_students(10, seeds, architectures={"Custom CNN": kd.CustomCNN}), self.train, self.val,
-                      epochs=epochs, batch_size=self.batch_size, lr=2e-3, weight_decay=0.05)  # fmt: skip
+        with redirect_stdout(sys.stderr):
+            ours = kd.fit(kd.make_students(10, seeds, architectures={"Custom CNN": kd.CustomCNN}), self.train, self.val,
+                          epochs=epochs, batch_size=self.batch_size, lr=2e-3, weight_decay=0.05)  # fmt: skip
         ours = [student.history.val_accuracy[-1] for student in ours]
         plain = [self._plain_accuracy(seed, epochs) for seed in seeds]
         gap = kd.interval(a - b for a, b in zip(ours, plain))

@@ -89,7 +89,7 @@ CONTROLS = {"smoothed": [0.50, 0.53, 0.54], "arg-max": [0.51, 0.52, 0.55], "shuf
 
 def test_knowledge_is_shown_where_distilled_beats_everything(run):
     write(run, {"alone": ALONE, "distilled": [0.56, 0.58, 0.61], **CONTROLS})
-    assert "Yes: distilled was better than smoothed, better than arg-max, better than shuffled." in kd.report_verdict(run)
+    assert "Yes, as far as the controls can tell: distilled was better than smoothed, better than arg-max, better than shuffled." in kd.report_verdict(run)
 
 
 def test_knowledge_is_not_shown_where_a_control_does_as_well(run):
