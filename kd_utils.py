@@ -604,7 +604,7 @@ def interval(values) -> tuple[float, float, float]:
 def verdict(gains) -> str:
     """What the 95 % interval of paired gains allows to say."""
     _, low, high = interval(gains)
-    return "helps" if low > 0 else "hurts" if high < 0 else "is inconclusive"
+    return "helps" if low > 0 else "hurts" if high < 0 else "inconclusive"
 
 
 # ── Report: made from what the finished stages left in `runs_dir` ─────────────────────────────────
@@ -689,11 +689,11 @@ def verdict_lines(results: Results, val: Split) -> str:
     lines, unseen = [], int(val.never_seen.sum())
     beyond = {"helps": "What the teacher says about the single image matters.",
               "hurts": "The class's mean answer teaches better.",
-              "is inconclusive": "The run cannot tell these two apart."}  # fmt: skip
+              "inconclusive": "The run cannot tell these two apart."}  # fmt: skip
     for name in STUDENTS:
         gains, lead = results.gains(name), results.gains(name, other="class mean")
         lines.append(
-            f"- **{name}: distillation {verdict(gains)}.** Gain {points(gains)} points; on the "
+            f"- **Distillation into {name}: {verdict(gains)}.** Gain {points(gains)} points; on the "
             f"{unseen} never-seen images {points(results.gains(name, 'never_seen'))}. Ahead of the "
             f"class mean by {points(lead)}. {beyond[verdict(lead)]}" if len(gains) else
             f"- **{name}: no verdict.** A gain needs both experiments.")  # fmt: skip
