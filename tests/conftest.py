@@ -47,9 +47,13 @@ def make_settings(runs_dir, **changes):
 def make_teacher():
     """A small frozen network with a batch normalisation, whose buffers training mode would change."""
     torch.manual_seed(7)
-    convolution = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU())
-    network = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    return network.eval().requires_grad_(False)
+    return tiny(3).eval().requires_grad_(False)
+
+
+def tiny(num_classes):
+    """A quick network with what a resume must restore: batch statistics, and dropout by seed and step."""
+    layers = nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 
 
 def make_students(settings, losses=None, networks=None):

@@ -103,7 +103,7 @@ def test_lenet_has_the_papers_layers():
     f6, output = 84 * (120 + 1), 10 * (84 + 1)
     network, image = kd.LeNet5(10), torch.zeros(1, 3, 128, 128)
     assert sum(p.numel() for p in network.parameters()) == c1 + c3 + c5 + f6 + output
-    assert [list(network[:end](image).shape[1:]) for end in (3, 6, 9)] == [[6, 14, 14], [16, 5, 5], [120]]
+    assert [list(torch.nn.Sequential(*list(network)[:end])(image).shape[1:]) for end in (3, 6, 9)] == [[6, 14, 14], [16, 5, 5], [120]]
 
 
 def test_custom_cnn_has_the_stated_widths():
