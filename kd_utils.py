@@ -693,8 +693,8 @@ def verdict_lines(results: Results, val: Split) -> str:
     for name in STUDENTS:
         gains, lead = results.gains(name), results.gains(name, other="class mean")
         lines.append(
-            f"- **Distillation into {name}: {verdict(gains)}.** Gain {points(gains)} points; on the "
-            f"{unseen} never-seen images {points(results.gains(name, 'never_seen'))}. Ahead of "
+            f"- **Distillation into {name}: {verdict(gains)}.** Gain {points(gains)} points; on "
+            f"the {unseen} never-seen images {points(results.gains(name, 'never_seen'))}. Ahead of "
             f"the class mean by {points(lead)}. {beyond[verdict(lead)]}" if len(gains) else
             f"- **{name}: no verdict.** A gain needs both experiments.")  # fmt: skip
     return "\n".join(lines)
