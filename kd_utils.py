@@ -140,8 +140,7 @@ def download_dataset(name: str, root="data", base_url: str = BASE_URL, md5: str 
     """
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
-    published_md5, expected, _ = DATASETS[name]
-    folder = Path(root, name)
+    (published_md5, expected, _), folder = DATASETS[name], Path(root, name)
     if count_images(folder) == expected:
         return folder
     Path(root).mkdir(parents=True, exist_ok=True)
@@ -267,10 +266,10 @@ def normalise(images: Tensor) -> Tensor:
 
 def augmented_batches(split: Split, settings: Settings, epoch: int, first: int = 0):
     """Yields an epoch's (images [B, 3, S, S] float32 normalised, targets [B]) from batch `first`.
-    What it holds depends on (stream_seed, epoch) alone, so experiments share one stream. The last,
-    incomplete batch is dropped. An epoch's random choices reach the device in one copy.
+    Its random choices follow from (stream_seed, epoch), so experiments share one stream, and reach
+    the device at once, before the first batch. The last, incomplete batch is dropped.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(settings.stream_seed * 1_000_003 + epoch)
         order, views = torch.randperm(len(split)), draw_views(len(split), settings.min_crop)
     order, views = order.to(DEVICE), views.to(DEVICE)
@@ -381,9 +380,8 @@ class Student:
         self.history = {"loss": [], "train_accuracy": [], "val_accuracy": []}
 
     def __str__(self) -> str:
-        numbers = getattr(self.loss, "keywords", {})  # of a functools.partial
-        arm = ", ".join([self.arm, *(f"{key} {value}" for key, value in numbers.items())])
-        return f"{self.name}, {arm}, seed {self.seed}"
+        numbers = [f"{key} {value}, " for key, value in getattr(self.loss, "keywords", {}).items()]
+        return f"{self.name}, {self.arm}, {''.join(numbers)}seed {self.seed}"
 
     def plan(self, total_steps: int) -> None:
         """A one-cycle schedule (Smith & Topin, 2018): up to the optimiser's rate, down to 0."""
@@ -407,20 +405,21 @@ class Student:
         self.losses.append(loss.detach())  # stays on the device: reading it would make us wait
 
     def end_epoch(self, sample: Split, val: Split) -> None:
-        self.check_losses()
         train_logits, self.logits = predict(self.network, sample), predict(self.network, val)
+        self.check_losses()
         self.history["loss"].append(torch.stack(self.losses).mean().item())
         self.history["train_accuracy"].append(score(train_logits, sample)["accuracy"].item())
         self.history["val_accuracy"].append(score(self.logits, val)["accuracy"].item())
         self.losses = []
 
     def check_losses(self) -> None:
-        """Raises FloatingPointError if a loss of this epoch is not finite."""
-        finite = torch.stack(self.losses).isfinite().tolist() if self.losses else []
+        """Raises FloatingPointError if a loss or an answer of this epoch is not finite."""
+        values = self.losses if self.logits is None else [*self.losses, self.logits.mean()]
+        finite = torch.stack(values or [torch.zeros(())]).isfinite().tolist()
         if False in finite:
-            step = self.schedule.last_epoch - len(finite) + finite.index(False) + 1
+            step = self.schedule.last_epoch - len(self.losses) + finite.index(False) + 1
             raise FloatingPointError(f"{self}: the loss is not finite at step {step}. Lower the "
-                "learning rate and make the students anew; the checkpoint is good.")  # fmt: skip
+                "learning rate and run the cell again; the last checkpoint is good.")  # fmt: skip
 
     def state(self, finished: bool) -> dict:
         """What a checkpoint holds; a finished student needs no optimiser any more."""
@@ -430,8 +429,8 @@ class Student:
 
     def load_state(self, state: dict) -> None:
         self.history, self.logits, self.losses = state["history"], state["logits"], state["losses"]
-        for key in {"network", "optimizer", "scaler", "schedule"} & state.keys():
-            vars(self)[key].load_state_dict(state[key])
+        for part in filter(state.get, ("network", "optimizer", "scaler", "schedule")):
+            vars(self)[part].load_state_dict(state[part])
 
 
 def make_students(losses: dict, settings: Settings, num_classes: int, networks=None, seeds=None):
@@ -544,7 +543,7 @@ def load_checkpoint(path: Path, about: dict, students) -> tuple[int, float]:
         old, finished = saved["about"], saved["finished"]
         changed = [key for key in old | about if old.get(key) != about.get(key)]
         told = [f"{key} was {old.get(key)} and is {about.get(key)}" for key in changed[:3]]
-        problem = f"has other settings ({'; '.join(told)})" if told else ""
+        problem = f"has other settings ({'; '.join(told)})" if told else None
     except Exception as error:  # a damaged or foreign file fails in many ways
         problem = f"is no readable checkpoint ({type(error).__name__})"
     if problem:
@@ -591,11 +590,11 @@ def score(logits: Tensor, split: Split) -> dict[str, Tensor]:
 
 
 def interval(values) -> tuple[float, float, float]:
-    """The mean of paired gains and its 95 % t-interval: nan for n < 2, a little wide for n > 12."""
+    """The mean of paired gains and its 95 % t-interval: nan if n < 2 or all are equal; n ≤ 12."""
     # 97.5 % quantiles of Student's t distribution for 1 to 11 degrees of freedom
     quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
-    n, mean = len(values), float(np.mean(values))
-    if n < 2 or np.ptp(values) < 1e-9:
+    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
+    if n < 2 or np.ptp(values) < 1e-6:
         return mean, math.nan, math.nan
     half = quantiles[min(n - 2, 10)] * float(np.std(values, ddof=1)) / math.sqrt(n)
     return mean, mean - half, mean + half
@@ -687,14 +686,15 @@ def result_table(results: Results) -> str:
 def verdict_lines(results: Results, val: Split) -> str:
     """One line per student: did it help, also on never-seen images, and beyond the class mean?"""
     lines, unseen = [], int(val.never_seen.sum())
-    beyond = {"helps": "What the teacher says about the single image matters.",
-              "hurts": "The class's mean answer teaches better.",
-              "inconclusive": "The run cannot tell these two apart."}  # fmt: skip
+    told = {"helps": "What the teacher says about the single image matters.",
+            "hurts": "The class's mean answer teaches better.",
+            "inconclusive": "The run cannot tell these two apart."}  # fmt: skip
     for name in STUDENTS:
         gains, lead = results.gains(name), results.gains(name, other="class mean")
+        beyond = told[verdict(lead)] if len(lead) else ""
         lines.append(
             f"- **Distillation into {name}: {verdict(gains)}.** Gain {points(gains)} points; on "
             f"the {unseen} never-seen images {points(results.gains(name, 'never_seen'))}. Ahead of "
-            f"the class mean by {points(lead)}. {beyond[verdict(lead)]}" if len(gains) else
+            f"the class mean by {points(lead)}. {beyond}" if len(gains) else
             f"- **{name}: no verdict.** A gain needs both experiments.")  # fmt: skip
     return "\n".join(lines)
