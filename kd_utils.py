@@ -179,11 +179,11 @@ def draw_demo_dataset(folder: Path) -> None:
     """Draws ten classes of shapes, in the layout of the real datasets, for runs without network."""
     rng, (_, counts, names) = np.random.default_rng(0), DATASETS["demo"]
     for split, index in ((split, i) for split, count in counts.items() for i in range(count)):
-        image = Image.fromarray(rng.integers(0, 110, (96, 96, 3), dtype=np.uint8))
+        noise = rng.integers(0, 110, (12, 12, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((96, 96))
         x, y, radius = rng.integers([34, 34, 20], [62, 62, 34]).tolist()
-        colour = tuple(rng.integers(120, 256, 3).tolist())
+        colour, sides = tuple(rng.integers(120, 256, 3).tolist()), (3, 4, 5, 6, 30)[index % 5]
         look = {"outline": colour, "width": 5} if index % 10 > 4 else {"fill": colour}
-        sides = (3, 4, 5, 6, 30)[index % 5]
         ImageDraw.Draw(image).regular_polygon((x, y, radius), sides, **look)
         # As in the real data, some validation images come from ImageNet's validation set.
         stem = "ILSVRC2012_val" if split == "val" and index < 40 else "drawn"
