@@ -261,6 +261,17 @@ def test_float16_trains_skips_overflowing_steps_and_resumes(float16, settings, s
     assert same_weights(whole[0].network, resumed[0].network) and whole[0].history == resumed[0].history
 
 
+def test_training_goes_on_in_another_precision(settings, split, train, monkeypatch):
+    monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", 0)
+    begun = make_students(settings)
+    stop_after(4, begun)
+    with pytest.raises(Stop):
+        train(begun, "experiment", 2)  # in float32, without a scaler
+    monkeypatch.setattr(kd, "choose_precision", lambda: torch.float16)
+    train(students := make_students(settings), "experiment", 2)
+    assert len(students[0].history["loss"]) == 2 and students[0].schedule.last_epoch == 6
+
+
 class Transfers(TorchDispatchMode):
     """Notes every operation that makes the host wait for the device, or copies to it."""
 
