@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHECKPOINT_SECONDS = 300  # at most, between two checkpoints
-progress = partial(tqdm, file=sys.stdout, ncols=100, leave=False)  # notebooks paint stderr red
+progress = partial(tqdm, file=sys.stdout, ncols=100, leave=False, mininterval=2)  # stderr is red
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
