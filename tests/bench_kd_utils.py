@@ -1,9 +1,8 @@
 """How fast kd_utils is, next to what a tutorial would write:
-
     python tests/bench_kd_utils.py [size [images [batch size [repeats]]]]
 
-Both sides of each comparison run in turn; figures are medians of the repeats, with their range.
-Uses Imagewoof where KD_DATA_DIR (default: data) holds it, and the drawn images otherwise.
+Both sides of a comparison run in turn; medians of the repeats, with their range. The images are
+Imagewoof's where KD_DATA_DIR (default: data) holds it, and the drawn ones otherwise.
 """
 
 import io
@@ -23,11 +22,12 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kd_utils as kd
 
-kd.progress = partial(kd.progress, disable=True)
+kd.progress = lambda *given, **named: tqdm(*given, **named | {"disable": True})
 
 
 def label_loss(student_logits, teacher_logits, targets):
