@@ -100,9 +100,9 @@ def choose_precision() -> torch.dtype:
     if DEVICE.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    # Without AMX, bfloat16 is no faster than float32 on a CPU.
+    # On a CPU without these instructions, bfloat16 is no faster than float32.
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return torch.bfloat16 if "amx_bf16" in cpu else torch.float32
+    return torch.bfloat16 if "amx_bf16" in cpu or "avx512_bf16" in cpu else torch.float32
 
 
 def mixed_precision() -> torch.autocast:
