@@ -1,5 +1,6 @@
 """The two notebooks: alike, clean, small, and able to run top to bottom, also without either experiment."""
 
+import re
 import statistics
 import sys
 import types
@@ -45,6 +46,15 @@ def test_committed_notebook_is_small_and_clean(name, words, cells):
     assert (ROOT / name).stat().st_size < 1_500_000
     for output in outputs(notebook):
         assert output.output_type != "error" and output.get("name") != "stderr"
+
+
+def test_readme_quotes_the_notebooks():
+    texts = {name.split("_")[0]: text_of(read(name)) for name in NOTEBOOKS}
+    results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (Image\w+) (\|.*\|)$", results, re.MULTILINE)
+    assert rows and all(row in texts[dataset] for dataset, row in rows)
+    numbers = re.findall(r"\d+\.\d+", results)
+    assert numbers and all(number in "".join(texts.values()) for number in numbers)
 
 
 def test_module_is_small():
