@@ -46,7 +46,6 @@ progress = partial(tqdm, file=sys.stdout, ncols=100, leave=False, mininterval=2)
 @dataclass(frozen=True)
 class Settings:
     """Every number of a study. `dataclasses.replace(SETTINGS, epochs=30)` makes a changed copy."""
-
     dataset: str
     profile: str
     data_dir: Path
@@ -59,8 +58,8 @@ class Settings:
     teacher_epochs: int  # the same for the teacher
     sweep_epochs: int  # the same for the students that try temperatures and alphas
     temperature: float = 4.0  # this and alpha were chosen by the sweep of Imagewoof_KD.ipynb
-    alpha: float = 0.5  # weight of the distillation term; the labels get 1 − alpha
-    learning_rate: float = 2e-3  # at its peak
+    alpha: float = 0.9  # weight of the distillation term; the labels get 1 − alpha
+    learning_rate: float = 4e-3  # at its peak
     weight_decay: float = 0.05
     teacher_learning_rate: float = 2e-4
     min_crop: float = 0.35  # the least share of an image's area that a student is shown
@@ -96,11 +95,10 @@ def choose_settings(dataset: str, profile: str | None = None) -> Settings:
 
 @cache
 def choose_precision() -> torch.dtype:
-    """The type for matrix products: bfloat16 where the hardware has it, float16 on older GPUs."""
+    """The fastest type: bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)."""
     if DEVICE.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    # On a CPU without these instructions, bfloat16 is no faster than float32.
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return torch.bfloat16 if "amx_bf16" in cpu or "avx512_bf16" in cpu else torch.float32
 
@@ -112,7 +110,6 @@ def mixed_precision() -> torch.autocast:
 
 
 # ── Data: from an archive to uint8 images on the device ───────────────────────────────────────────
-
 BASE_URL = "https://s3.amazonaws.com/fast-ai-imageclas"
 # The archive's MD5, the images in each split, and the classes in the order of folders and labels.
 DATASETS = {
@@ -196,7 +193,6 @@ def draw_demo_dataset(folder: Path) -> None:
 @dataclass
 class Split:
     """Decoded images with their labels, on one device."""
-
     images: Tensor  # [N, 3, S, S] uint8
     targets: Tensor  # [N] int64
     classes: list[str]  # C names, in the order of the labels
@@ -216,7 +212,6 @@ def load_split(folder, split: str, size: int) -> Split:
     folder, and ValueError for an image that cannot be read, naming it.
     """
     found = ImageFolder(Path(folder, split))  # labels follow the sorted folder names
-
     def decode(path: str) -> np.ndarray:
         try:
             return np.array(ImageOps.fit(found.loader(path), (size, size), Image.BICUBIC))
@@ -234,7 +229,6 @@ def load_split(folder, split: str, size: int) -> Split:
 
 
 # ── Batches: one augmented view per image and epoch ───────────────────────────────────────────────
-
 # ImageNet's statistics by channel, for values of 0 … 255, each [1, 3, 1, 1]
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406], device=DEVICE).view(1, 3, 1, 1)
 STD = 255 * torch.tensor([0.229, 0.224, 0.225], device=DEVICE).view(1, 3, 1, 1)
@@ -329,7 +323,9 @@ def build_teacher(num_classes: int, weights: str | None = "IMAGENET1K_V1") -> nn
         network = resnet50(weights=weights if known else None, progress=False)
         if weights and not known:
             try:
-                network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+                # A number too large for float16 is inf there; its largest is a better start.
+                network.load_state_dict({k: v.nan_to_num(math.nan) for k, v in state.items()})
             except Exception as error:  # a damaged or foreign file fails in many ways
                 raise ValueError(f"{weights} is no state dict of ResNet-50: {error}") from error
         network.fc = nn.Linear(network.fc.in_features, num_classes)
@@ -345,7 +341,6 @@ def build_teacher(num_classes: int, weights: str | None = "IMAGENET1K_V1") -> nn
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
                       temperature: float, alpha: float) -> Tensor:  # fmt: skip
     """alpha · T² · KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − alpha) · CE(student, targets)
-
     (Hinton, Vinyals & Dean, 2015, section 2.) Logits [B, C] of any float type and targets [B] int64
     give a float32 scalar. `alpha` weighs the *distillation* term; some libraries mean the other.
     Raises ValueError for T ≤ 0, alpha outside [0, 1] and shapes that do not fit.
@@ -413,13 +408,13 @@ class Student:
         self.losses = []
 
     def check_losses(self) -> None:
-        """Raises FloatingPointError if a loss or an answer of this epoch is not finite."""
-        values = self.losses if self.logits is None else [*self.losses, self.logits.mean()]
-        finite = torch.stack(values or [torch.zeros(())]).isfinite().tolist()
+        """Raises FloatingPointError if a loss of this epoch or a weight is not finite."""
+        weights = [value.float().mean() for value in self.network.state_dict().values()]
+        finite = torch.stack([*self.losses, *weights]).isfinite().tolist()
         if False in finite:
-            step = self.schedule.last_epoch - len(self.losses) + finite.index(False) + 1
+            step = self.schedule.last_epoch - max(0, len(self.losses) - 1 - finite.index(False))
             raise FloatingPointError(f"{self}: the loss is not finite at step {step}. Lower the "
-                "learning rate and run the cell again; the last checkpoint is good.")  # fmt: skip
+                "learning rate and run all cells again: all stages then start anew.")  # fmt: skip
 
     def state(self, finished: bool) -> dict:
         """What a checkpoint holds; a finished student needs no optimiser any more."""
@@ -469,14 +464,13 @@ def training_batches(students, train: Split, val: Split, settings: Settings, sta
                 yield images, targets
                 step += 1
                 bar.update()
-                if step % steps and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    save_checkpoint(path, about, students, step, time.monotonic() - start)
-                    saved = time.monotonic()
-            for student in students:
-                student.end_epoch(sample, val)
-            seconds, saved = time.monotonic() - start, time.monotonic()
-            save_checkpoint(path, about, students, step, seconds, finished=step == total)
-            bar.write(log_line(students, step // steps, seconds))
+                if step % steps == 0:
+                    for student in students:
+                        student.end_epoch(sample, val)
+                    bar.write(log_line(students, step // steps, time.monotonic() - start))
+                if step == total or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    seconds, saved = time.monotonic() - start, time.monotonic()
+                    save_checkpoint(path, about, students, step, seconds, step == total)
 
 
 def check_cohort(students, train: Split, val: Split, teacher: nn.Module | None) -> None:
@@ -509,8 +503,8 @@ def describe_stage(students, train: Split, settings: Settings, epochs: int, teac
     about |= {"stream_seed": settings.stream_seed, "peak learning rate": defaults["lr"]}
     about |= {"weight decay": defaults["weight_decay"]}
     if teacher:
-        weights = b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())
-        about["SHA-256 of the trained teacher"] = sha256(weights).hexdigest()
+        values = [v.cpu().reshape(-1).view(torch.uint8) for v in teacher.state_dict().values()]
+        about["SHA-256 of the trained teacher"] = sha256(torch.cat(values).numpy()).hexdigest()
     for number, student in enumerate(students, 1):
         size = sum(p.numel() for p in student.network.parameters())
         origin = getattr(student.network, "origin", "random weights")
@@ -518,7 +512,7 @@ def describe_stage(students, train: Split, settings: Settings, epochs: int, teac
     return about
 
 
-def save_checkpoint(path: Path, about: dict, students, step: int, seconds: float, finished=False):
+def save_checkpoint(path: Path, about: dict, students, step: int, seconds: float, finished: bool):
     """Writes aside, flushes to the disk and renames: at any moment the file is whole."""
     [student.check_losses() for student in students]
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
@@ -572,7 +566,7 @@ def predict(network: nn.Module, split: Split) -> Tensor:
 
 
 def score(logits: Tensor, split: Split) -> dict[str, Tensor]:
-    """Accuracy (on all, and on never-seen images), NLL (nats) and ECE, scalars; recall [C].
+    """Accuracy (on all, and on never-seen images), NLL (nats), ECE: scalars; recall [C], right [N].
     ECE is the expected calibration error with 15 equal bins (Guo et al., 2017, section 2).
     """
     confidence, answers = logits.softmax(1).max(1)
@@ -586,6 +580,7 @@ def score(logits: Tensor, split: Split) -> dict[str, Tensor]:
         "nll": F.cross_entropy(logits, split.targets),
         "ece": gaps.abs().sum() / len(right),
         "recall": right @ truth / truth.sum(0),
+        "right": right,
     }
 
 
@@ -609,12 +604,11 @@ def verdict(gains) -> str:
 # ── Report: made from what the finished stages left in `runs_dir` ─────────────────────────────────
 class Results:
     """What finished stages left: `stages`, `teacher` (its logits), and `rows`, one per student.
-
     Raises ValueError if Experiments 1 and 2 were run with different settings.
     """
     def __init__(self, settings: Settings, val: Split):
         self.stages, experiments = {}, ("Experiment 1", "Experiment 2")
-        for stage in ("teacher", *experiments):
+        for stage in ("teacher", *experiments, "sweep teacher", "sweep"):
             if (path := settings.runs_dir / f"{stage}.pt").exists():
                 saved = torch.load(path, map_location=DEVICE, weights_only=True)
                 self.stages |= {stage: saved} if saved["finished"] else {}
@@ -666,7 +660,7 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def points(gains) -> str:
     """Paired gains in percentage points: their mean and 95 % interval."""
-    if not len(gains):
+    if not len(gains) or np.isnan(gains).any():
         return "–"
     mean, low, high = (100 * value for value in interval(gains))
     return f"{mean:+.1f}" + ("" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
@@ -686,15 +680,21 @@ def result_table(results: Results) -> str:
 def verdict_lines(results: Results, val: Split) -> str:
     """One line per student: did it help, also on never-seen images, and beyond the class mean?"""
     lines, unseen = [], int(val.never_seen.sum())
-    told = {"helps": "What the teacher says about the single image matters.",
-            "hurts": "The class's mean answer teaches better.",
-            "inconclusive": "The run cannot tell these two apart."}  # fmt: skip
+    told = {"helps": "what the teacher says about the single image teaches more",
+            "hurts": "the mean answer teaches more", "inconclusive": "no clear lead"}  # fmt: skip
     for name in STUDENTS:
         gains, lead = results.gains(name), results.gains(name, other="class mean")
-        beyond = told[verdict(lead)] if len(lead) else ""
-        lines.append(
-            f"- **Distillation into {name}: {verdict(gains)}.** Gain {points(gains)} points; on "
-            f"the {unseen} never-seen images {points(results.gains(name, 'never_seen'))}. Ahead of "
-            f"the class mean by {points(lead)}. {beyond}" if len(gains) else
-            f"- **{name}: no verdict.** A gain needs both experiments.")  # fmt: skip
+        if not len(gains):
+            lines.append(f"- **{name}: no verdict.** A gain needs both experiments.")
+            continue
+        fresh, control = results.gains(name, "never_seen"), results.gains(name, arm="class mean")
+        luck = 196 * results.gains(name, "right").mean(0).std() / math.sqrt(len(val))  # 1.96 SE
+        line = f"- **Distillation into {name}: {verdict(gains)}.** Gain {points(gains)} points "
+        line += f"(± {luck:.1f} for the choice of images); on the {unseen} never-seen images "
+        line += f"{points(fresh)}: {verdict(fresh)}."
+        if len(lead):
+            line += f" The teacher's mean answer to a class gains {points(control)}: "
+            line += f"{verdict(control)}. *Distilled* leads it by {points(lead)}: "
+            line += f"{told[verdict(lead)]}."
+        lines.append(line)
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.pop("KD_PROFILE", None)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the splits below are on the CPU, so all the rest is, too
 
 import kd_utils as kd
 
@@ -39,9 +40,9 @@ def make_split(count=48, size=32, seed=0):
     return kd.Split(images, targets, ["red", "green", "blue"], torch.arange(count) % 4 == 0)
 
 
-def make_settings(runs_dir, **changes):
-    settings = kd.choose_settings("imagewoof2-160", "demo")
-    return replace(settings, runs_dir=Path(runs_dir), batch_size=16, seeds=(0, 1), **changes)
+def make_settings(runs_dir):
+    demo = kd.choose_settings("imagewoof2-160", "demo")
+    return replace(demo, runs_dir=Path(runs_dir), batch_size=16, seeds=(0, 1))
 
 
 def make_teacher():
@@ -57,8 +58,7 @@ def tiny(num_classes):
 
 
 def make_students(settings, losses=None, networks=None):
-    networks = networks or {"LeNet-5": kd.LeNet5}
-    return kd.make_students(losses or {"alone": label_loss}, settings, 3, networks)
+    return kd.make_students(losses or {"alone": label_loss}, settings, 3, networks or {"LeNet-5": kd.LeNet5})
 
 
 def same_weights(first, second):

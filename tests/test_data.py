@@ -96,9 +96,11 @@ def test_archive_that_stays_bad_is_refused_with_both_checksums(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_archive_is_refused(tmp_path):
+def test_missing_archive_and_unknown_dataset_are_refused(tmp_path):
     with serving(b"") as (url, _), pytest.raises(ConnectionError, match="404.*got nothing"):
         kd.download_dataset("tiny", tmp_path, url)
+    with pytest.raises(ValueError, match="'imagewolf'.*imagewoof2-160"):
+        kd.download_dataset("imagewolf")
 
 
 def link(name, target, kind):
@@ -134,11 +136,6 @@ def test_archive_with_too_few_images_is_refused(tmp_path):
     small = archive_of(dict(list(IMAGES.items())[:3]))
     with serving(small) as (url, _), pytest.raises(ValueError, match="instead of"):
         kd.download_dataset("tiny", tmp_path, url, md5=hashlib.md5(small).hexdigest())
-
-
-def test_unknown_dataset_is_named():
-    with pytest.raises(ValueError, match="'imagewolf'.*imagewoof2-160"):
-        kd.download_dataset("imagewolf")
 
 
 def test_two_notebooks_may_draw_the_demo_at_once(tmp_path):

@@ -114,13 +114,13 @@ def test_custom_cnn_has_the_stated_widths():
 
 def test_teacher_is_read_from_a_half_precision_file(tmp_path):
     source, path = kd.build_teacher(1000, None), tmp_path / "weights.pth"
+    source.bn1.running_var[0] = 1e6  # too large for float16
     torch.save({key: value.half() if value.is_floating_point() else value
                 for key, value in source.state_dict().items()}, path)  # fmt: skip
     teacher = kd.build_teacher(10, str(path))
-    assert torch.equal(teacher.conv1.weight, source.conv1.weight.half().float())
+    assert torch.equal(teacher.conv1.weight, source.conv1.weight.half().float()) and teacher.bn1.running_var[0] == 65504
     assert teacher.fc.out_features == 10 and sha256(path.read_bytes()).hexdigest() in teacher.origin
-    again = kd.build_teacher(10, str(path))
-    assert torch.equal(teacher.fc.weight, again.fc.weight)  # the new layer, too, is the same each time
+    assert torch.equal(teacher.fc.weight, kd.build_teacher(10, str(path)).fc.weight)  # also the new layer
 
 
 def test_bad_teacher_weights_are_named(tmp_path, monkeypatch):
@@ -186,3 +186,4 @@ def test_verdict_follows_the_interval():
     for unclear in ([0.02, -0.01, 0.03], [0.02], [0.02, 0.02]):  # one seed, or seeds that do not differ
         assert kd.verdict(unclear) == "inconclusive"
     assert kd.points([0.02]) == "+2.0" and kd.points([0.01, 0.03]) == "+2.0 [-10.7, +14.7]"
+    assert kd.points([]) == kd.points([math.nan, math.nan]) == "–"  # no seeds, no never-seen images
