@@ -1,191 +1,273 @@
 """Knowledge distillation on Imagewoof and Imagenette: what the two notebooks import.
 
-The file reads in the order in which the data flows:
-
     download ─► split ─► batches ─┬─► teacher (frozen) ─┐
-                uint8, on device  └─► students ──► loss ◄┘ ─► step ─► results ─► report
+                uint8, on device  └─► students ──► loss ◄┘ ─► step ─► results
 
-All students of a cohort learn from one stream: a batch is drawn and augmented once, the teacher
-reads it once, and each student takes its own step on it. So two students with the same seed differ
-by their loss alone. Shapes: N images, B images in a batch, C classes, S pixels a side.
+All students of a stage learn from one stream: a batch is drawn and augmented once, the
+teacher reads it once, and each student takes its own step on it. So two students with
+the same seed differ by their loss alone.
+Shapes: N images, B images in a batch, C classes, S pixels a side.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import io
 import math
 import os
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from hashlib import sha256
-from itertools import product
+from http.client import HTTPException
+from itertools import count, product
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.utils import calculate_md5, download_url
+from torchvision.datasets.folder import is_image_file
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHECKPOINT_SECONDS = 300  # at most, between two checkpoints
-progress = partial(tqdm, file=sys.stdout, ncols=100, leave=False, mininterval=2)  # stderr is red
+torch.backends.cudnn.benchmark = True  # on a GPU: tries the algorithms, keeps the best
+DOWNLOAD_SECONDS = 60  # without an answer, before a download is given up
+CHECKPOINT_SECONDS = 300  # at least, between two checkpoints
+# To stdout, because a notebook shows stderr in red
+progress = partial(tqdm, file=sys.stdout, ncols=100, leave=False, mininterval=2)
 
-# ── Settings ──────────────────────────────────────────────────────────────────────────────────────
+
+# ── Settings ──────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Settings:
-    """Every number of a study. `dataclasses.replace(SETTINGS, epochs=30)` makes a changed copy."""
-    dataset: str
+    """Every number of a study. `replace(SETTINGS, epochs=30)` makes a changed copy."""
+
+    dataset: str  # a name in DATASETS, or a folder of your own
     profile: str
     data_dir: Path
-    runs_dir: Path  # checkpoints and results
-    teacher_weights: str | None  # a name of torchvision's, a file, or None: random weights
-    image_size: int  # pixels a side
-    batch_size: int
-    seeds: tuple[int, ...]  # one student of each kind and arm per seed
-    epochs: int  # passes of every student over the training images
-    teacher_epochs: int  # the same for the teacher
-    sweep_epochs: int  # the same for the students that try temperatures and alphas
-    temperature: float = 4.0  # this and alpha were chosen by the sweep of Imagewoof_KD.ipynb
-    alpha: float = 0.9  # weight of the distillation term; the labels get 1 − alpha
+    runs_dir: Path  # checkpoints, which are the results, too
+    teacher_weights: str | None  # torchvision's name, a file, or None: random weights
+    image_size: int = 128  # pixels a side
+    batch_size: int = 64
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a student per network, arm and seed
+    epochs: int = 20  # passes of every student over the training images
+    teacher_epochs: int = 2  # the same for the teacher
+    trial_epochs: int = 6  # the same for students that help to choose settings
+    temperature: float = 4.0
+    alpha: float = 0.9  # weight of the *distillation* term; the labels get 1 − alpha
     learning_rate: float = 4e-3  # at its peak
     weight_decay: float = 0.05
     teacher_learning_rate: float = 2e-4
-    min_crop: float = 0.35  # the least share of an image's area that a student is shown
+    min_crop: float = 0.35  # the least share of an image's area that is shown
     stream_seed: int = 0  # of the batches, which all students share
-    sweep_seed: int = 100  # of the students that try temperatures and alphas
+    trial_seed: int = 100  # of the students that help to choose settings
 
 
-# image_size, batch_size, seeds, epochs, teacher_epochs, sweep_epochs
-PROFILES = {
-    "gpu": (128, 128, (0, 1, 2, 3, 4), 20, 2, 6),
-    "cpu": (96, 64, (0, 1, 2), 16, 1, 6),
-    "demo": (64, 32, (0, 1), 3, 1, 1),
+PROFILES = {  # what differs from the defaults above
+    "full": {},
+    "small": {
+        "image_size": 96,
+        "seeds": (0, 1, 2),
+        "epochs": 16,
+        "teacher_epochs": 1,
+    },
+    "demo": {
+        "image_size": 64,
+        "batch_size": 32,
+        "seeds": (0, 1),
+        "epochs": 3,
+        "teacher_epochs": 1,
+        "trial_epochs": 1,
+    },
 }
 
 
 def choose_settings(dataset: str, profile: str | None = None) -> Settings:
-    """The settings that suit the hardware, or those of the profile that KD_PROFILE names.
-    KD_DATA_DIR and KD_RUNS_DIR name folders, KD_TEACHER_WEIGHTS torchvision's weights or a file.
-    Raises ValueError for unknown names, FileNotFoundError for weights that are neither.
+    """The settings that suit the hardware, or those of a profile (or of KD_PROFILE).
+
+    KD_DATA_DIR and KD_RUNS_DIR name folders, KD_TEACHER_WEIGHTS weights or a file.
+    Raises ValueError for an unknown profile, FileNotFoundError for unknown weights.
     """
-    profile = profile or os.environ.get("KD_PROFILE") or ("gpu" if DEVICE.type == "cuda" else "cpu")
-    for kind, value, known in [("dataset", dataset, DATASETS), ("profile", profile, PROFILES)]:
-        if value not in known:
-            raise ValueError(f"unknown {kind} {value!r}: choose one of {', '.join(known)}")
-    weights = os.environ.get("KD_TEACHER_WEIGHTS", "IMAGENET1K_V1") if profile != "demo" else None
-    if weights not in (None, *ResNet50_Weights.__members__) and not Path(weights).is_file():
-        raise FileNotFoundError(f"teacher weights {weights!r}: neither a file nor torchvision's")
-    data_dir = Path(os.environ.get("KD_DATA_DIR", "data"))
-    runs_dir = Path(os.environ.get("KD_RUNS_DIR", "runs")) / f"{dataset}-{profile}"
-    dataset = "demo" if profile == "demo" else dataset
-    return Settings(dataset, profile, data_dir, runs_dir, weights, *PROFILES[profile])
+    suited = "full" if DEVICE.type == "cuda" else "small"
+    profile = profile or os.environ.get("KD_PROFILE") or suited
+    if profile not in PROFILES:
+        raise ValueError(f"profile {profile!r} is none of {', '.join(PROFILES)}")
+    if DEVICE.type == "cpu":
+        print(
+            f"No GPU: profile {profile!r}. Two cores take minutes (demo), hours (small)"
+        )
+        print("or a day (full). In Colab: Runtime → Change runtime type → T4 GPU.")
+
+    weights = path_from("KD_TEACHER_WEIGHTS", "IMAGENET1K_V1")
+    known = profile == "demo" or str(weights) in ResNet50_Weights.__members__
+    if not known and not weights.is_file():
+        raise FileNotFoundError(f"KD_TEACHER_WEIGHTS: there is no file {weights}")
+    return Settings(
+        dataset="demo" if profile == "demo" and dataset in DATASETS else dataset,
+        profile=profile,
+        data_dir=path_from("KD_DATA_DIR", "data"),
+        runs_dir=path_from("KD_RUNS_DIR", "runs") / f"{Path(dataset).name}-{profile}",
+        teacher_weights=None if profile == "demo" else str(weights),
+        **PROFILES[profile],
+    )
+
+
+def path_from(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable) or default).expanduser()
 
 
 @cache
 def choose_precision() -> torch.dtype:
-    """The fastest type: bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)."""
+    """bfloat16 where the hardware has it, else float16 (GPU) or float32 (CPU)."""
     if DEVICE.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return torch.bfloat16 if "amx_bf16" in cpu or "avx512_bf16" in cpu else torch.float32
+    info = Path("/proc/cpuinfo")
+    cpu = info.read_text() if info.exists() else ""
+    native = "amx_bf16" in cpu or "avx512_bf16" in cpu
+    return torch.bfloat16 if native else torch.float32
 
 
 def mixed_precision() -> torch.autocast:
     """A context in which networks compute in the precision that suits the device."""
     precision = choose_precision()
-    return torch.autocast(DEVICE.type, precision, enabled=precision is not torch.float32)
+    return torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32)
 
 
-# ── Data: from an archive to uint8 images on the device ───────────────────────────────────────────
+@contextmanager
+def seeded(seed: int, step: int = 0):
+    """Inside, chance follows from (seed, step); after, the caller's goes on."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed * 1_000_003 + step)
+        yield
+
+
+# ── Data: from an archive to uint8 images on the device ───────────────────
 BASE_URL = "https://s3.amazonaws.com/fast-ai-imageclas"
-# The archive's MD5, the images in each split, and the classes in the order of folders and labels.
-DATASETS = {
-    "imagewoof2-160": ("3d200a7be99704a0d7509be2a9fbfe15", {"train": 9025, "val": 3929},
-        "Shih-Tzu, Rhodesian ridgeback, beagle, English foxhound, Border terrier, "
-        "Australian terrier, golden retriever, Old English sheepdog, Samoyed, dingo"),
-    "imagenette2-160": ("e793b78cc4c9e9a4ccc0c1155377a412", {"train": 9469, "val": 3925},
-        "tench, English springer, cassette player, chain saw, church, French horn, garbage truck, "
-        "gas pump, golf ball, parachute"),
-    "demo": ("", {"train": 300, "val": 100}, "triangle, square, pentagon, hexagon, disc, "
-        "hollow triangle, hollow square, hollow pentagon, hollow hexagon, hollow disc"),
-}  # fmt: skip
+DATASETS = {  # MD5 of the archive, images in train and val
+    "imagewoof2-160": ("3d200a7be99704a0d7509be2a9fbfe15", (9025, 3929)),
+    "imagenette2-160": ("e793b78cc4c9e9a4ccc0c1155377a412", (9469, 3925)),
+    "demo": ("drawn, not downloaded", (300, 100)),
+}
+CLASS_NAMES = {  # of the folders that ImageNet calls by number
+    "n02086240": "Shih-Tzu",
+    "n02087394": "Rhodesian ridgeback",
+    "n02088364": "beagle",
+    "n02089973": "English foxhound",
+    "n02093754": "Border terrier",
+    "n02096294": "Australian terrier",
+    "n02099601": "golden retriever",
+    "n02105641": "Old English sheepdog",
+    "n02111889": "Samoyed",
+    "n02115641": "dingo",
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
 
 
-def count_images(folder: Path) -> dict[str, int]:
-    """How many image files each split of a dataset's folder holds."""
-    return {split: len(list((folder / split).glob("*/*.JPEG"))) for split in ("train", "val")}
+def count_images(folder: Path) -> tuple[int, int]:
+    train, val = (list(Path(folder, s).glob("*/*.JPEG")) for s in ("train", "val"))
+    return len(train), len(val)
 
 
-def download_dataset(name: str, root="data", base_url: str = BASE_URL, md5: str = "") -> Path:
-    """Downloads and unpacks a dataset and returns its folder, `<root>/<name>`; "demo" is drawn.
-    A folder with the right number of images is used as it stands; any other is set aside.
-    Raises ValueError for an unknown name or a wrong number of images, ConnectionError for an
-    archive that cannot be had, and tarfile.FilterError for members that escape and for devices.
+def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Path:
+    """Downloads and unpacks a dataset; returns its folder, `<root>/<name>`.
+
+    A folder with the right number of images is used; any other is set aside. "demo" is
+    drawn. A folder of your own is returned as it is. Raises ValueError for an unknown
+    name or a wrong number of images, ConnectionError for an archive that cannot be had,
+    tarfile.FilterError for members that escape.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
-    (published_md5, expected, _), folder = DATASETS[name], Path(root, name)
+        return own_folder(name)
+    folder = Path(root, name).expanduser()
+    known_md5, expected = DATASETS[name]
     if count_images(folder) == expected:
         return folder
-    Path(root).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=f"{name}-") as scratch:
+
+    state = f"{folder} holds {count_images(folder)} images, expected {expected}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}-") as scratch:
         fresh = Path(scratch, name)
         if name == "demo":
             draw_demo_dataset(fresh)
         else:
-            archive = fetch_archive(f"{base_url}/{name}.tgz", scratch, md5 or published_md5)
-            with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")
-        if (found := count_images(fresh)) != expected:
-            raise ValueError(f"{base_url}/{name}.tgz holds {found} images instead of {expected}")
-        if (found := count_images(folder)) != expected:  # else another notebook was faster
-            if folder.exists():
-                set_aside(folder, f"holds {found} images instead of {expected}")
-            fresh.rename(folder)
+            fetch_archive(f"{base_url}/{name}.tgz", scratch, md5 or known_md5, state)
+        if count_images(fresh) != expected:
+            raise ValueError(f"{name}.tgz: {count_images(fresh)}, expected {expected}")
+        if count_images(folder) != expected:  # else another notebook was faster
+            set_aside(folder, state)
+            rename(fresh, folder)
     return folder
 
 
-def fetch_archive(url: str, folder: str, md5: str) -> Path:
-    """Downloads a file, trying three times; torchvision's `download_url` checks its MD5."""
-    path = Path(folder, "archive.tgz")
+def own_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not (folder / "train").is_dir() or not (folder / "val").is_dir():
+        known = ", ".join(DATASETS)
+        raise ValueError(
+            f"{name!r} is none of {known}, and no folder with train and val"
+        )
+    return folder
+
+
+def fetch_archive(url: str, folder: str, md5: str, state: str) -> None:
+    """Downloads an archive, trying three times, and unpacks it into `folder`."""
     for _ in range(3):
         try:
-            download_url(url, folder, path.name, md5)
-            return path
-        except Exception as error:  # networks fail in many ways
-            reason = error
-    got = calculate_md5(path) if path.exists() else "nothing"
-    told = f"cannot download {url}: {reason} Expected MD5 {md5}, got {got}."
-    raise ConnectionError(f"{told} Try later, or unpack the archive into the data folder yourself.")
+            with urlopen(url, timeout=DOWNLOAD_SECONDS) as answer:
+                archive = answer.read()
+        except (OSError, HTTPException) as error:
+            problem = error
+            continue
+        found = hashlib.md5(archive).hexdigest()
+        if found == md5:
+            break
+        problem = f"a file with MD5 {found} instead of {md5}"
+    else:
+        advice = f"Try later, or unpack it into {Path(folder).parent} yourself."
+        raise ConnectionError(f"{state}. {url} gave {problem}. {advice}")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
 
 
 def draw_demo_dataset(folder: Path) -> None:
-    """Draws ten classes of shapes, in the layout of the real datasets, for runs without network."""
-    rng, (_, counts, names) = np.random.default_rng(0), DATASETS["demo"]
-    for split, index in ((split, i) for split, count in counts.items() for i in range(count)):
-        noise = rng.integers(0, 110, (12, 12, 3), dtype=np.uint8)
+    """Draws ten classes of shapes, laid out as the real datasets, without network."""
+    rng = np.random.default_rng(0)
+    corners = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "disc": 30}
+    classes = list(product(("gold", "plum"), corners))
+    train, val = DATASETS["demo"][1]
+    for index in range(train + val):
+        colour, shape = classes[index % 10]
+        noise = rng.integers(0, 140, (12, 12, 3), dtype=np.uint8)
         image = Image.fromarray(noise).resize((96, 96))
-        x, y, radius = rng.integers([34, 34, 20], [62, 62, 34]).tolist()
-        colour, sides = tuple(rng.integers(120, 256, 3).tolist()), (3, 4, 5, 6, 30)[index % 5]
-        look = {"outline": colour, "width": 5} if index % 10 > 4 else {"fill": colour}
-        ImageDraw.Draw(image).regular_polygon((x, y, radius), sides, **look)
-        # As in the real data, some validation images come from ImageNet's validation set.
-        stem = "ILSVRC2012_val" if split == "val" and index < 40 else "drawn"
-        name = f"{index % 10} " + names.split(", ")[index % 10]
-        path = folder / split / name / f"{stem}_{index:08d}.JPEG"
+        circle = rng.integers([34, 34, 20], [62, 62, 34]).tolist()  # x, y, radius
+        ImageDraw.Draw(image).regular_polygon(circle, corners[shape], fill=colour)
+
+        # As in the real data, some images of val come from ImageNet's own val.
+        split = "train" if index < train else "val"
+        stem = "ILSVRC2012_val" if train <= index < train + 40 else "drawn"
+        path = folder / split / f"{colour} {shape}" / f"{stem}_{index:08d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=90)
 
@@ -193,508 +275,729 @@ def draw_demo_dataset(folder: Path) -> None:
 @dataclass
 class Split:
     """Decoded images with their labels, on one device."""
+
     images: Tensor  # [N, 3, S, S] uint8
     targets: Tensor  # [N] int64
-    classes: list[str]  # C names, in the order of the labels
+    classes: tuple[str, ...]  # C names, in the order of the labels
     never_seen: Tensor  # [N] bool, images of ImageNet's own validation set
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def subset(self, indices: Tensor) -> Split:
-        unseen = self.never_seen[indices]
-        return Split(self.images[indices], self.targets[indices], self.classes, unseen)
+    def subset(self, chosen: Tensor) -> Split:
+        """The images at these places (int64), or where this is true (bool [N])."""
+        images, targets = self.images[chosen], self.targets[chosen]
+        return Split(images, targets, self.classes, self.never_seen[chosen])
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.images, self.targets], " | ".join(self.classes))
+
+
+def fingerprint(tensors, text: str = "") -> str:
+    """SHA-256 of the bytes of tensors and of a text."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(plain.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[str]]:
+    """Image files by class, and the classes; what is hidden is left out."""
+    classes = [path.name for path in list_visible(folder) if path.is_dir()]
+    if len(classes) < 2:
+        raise ValueError(f"{folder} needs two or more class folders, has {classes}")
+    images, others = [], 0
+    for name in classes:
+        files = list_visible(folder / name)
+        found = [path for path in files if is_image_file(path.name)]
+        if not found:
+            raise FileNotFoundError(f"{folder / name} holds no image")
+        images += found
+        others += len(files) - len(found)
+    if others:
+        print(f"{folder}: {others} files are left out, which are no images by name.")
+    return images, classes
+
+
+def list_visible(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+
+
+def read_image(path: str | Path, size: int) -> Tensor:
+    """An image as [3, size, size] uint8: upright, centre cut out, on white.
+
+    Raises ValueError for a file that cannot be read, naming it.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)  # as the camera was held
+        if image.mode.startswith("I"):  # 16-bit grey
+            grey = np.asarray(image) / 257
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.BICUBIC)
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def load_split(folder, split: str, size: int) -> Split:
-    """Decodes "train" or "val" once: short side scaled to `size` pixels, centre cut out.
-    `folder` holds `<split>/<class>/*.jpg`. Raises FileNotFoundError for a missing or empty class
-    folder, and ValueError for an image that cannot be read, naming it.
+    """Decodes `<folder>/<split>/<class>/*.jpg` once, as `read_image` does.
+
+    `split` is "train" or "val". Raises FileNotFoundError for a missing or empty class
+    folder, ValueError for an image that cannot be read or a single class.
     """
-    found = ImageFolder(Path(folder, split))  # labels follow the sorted folder names
-    def decode(path: str) -> np.ndarray:
-        try:
-            return np.array(ImageOps.fit(found.loader(path), (size, size), Image.BICUBIC))
-        except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"cannot read the image {path}: {error}") from error
+    paths, folders = list_images(Path(folder, split))
+    targets = torch.tensor([folders.index(path.parent.name) for path in paths])
+    stems = [path.name.startswith("ILSVRC2012_val_") for path in paths]
+    classes = tuple(CLASS_NAMES.get(name, name) for name in folders)
 
-    paths = [path for path, _ in found.samples]
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = list(progress(pool.map(decode, paths), total=len(paths), desc=f"decode {split}"))
-    images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
-    names = DATASETS.get(Path(folder).name, ("", {}, ", ".join(found.classes)))[2].split(", ")
-    never_seen = torch.tensor([Path(path).name.startswith("ILSVRC2012_val_") for path in paths])
-    targets = torch.tensor(found.targets)
-    return Split(images.to(DEVICE), targets.to(DEVICE), names, never_seen.to(DEVICE))
+        decoded = pool.map(partial(read_image, size=size), paths)
+        bar = progress(decoded, total=len(paths), desc=f"decode {split}")
+        for index, image in enumerate(bar):
+            images[index] = image
+    never_seen = torch.tensor(stems, device=DEVICE)
+    return Split(images.to(DEVICE), targets.to(DEVICE), classes, never_seen)
 
 
-# ── Batches: one augmented view per image and epoch ───────────────────────────────────────────────
-# ImageNet's statistics by channel, for values of 0 … 255, each [1, 3, 1, 1]
-MEAN = 255 * torch.tensor([0.485, 0.456, 0.406], device=DEVICE).view(1, 3, 1, 1)
-STD = 255 * torch.tensor([0.229, 0.224, 0.225], device=DEVICE).view(1, 3, 1, 1)
+# ── Batches: one augmented view per image and epoch ───────────────────────
+# ImageNet's statistics of red, green and blue, for values of 0 … 255
+MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
+STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 
 
 def draw_views(count: int, min_crop: float) -> Tensor:
     """Random crops and mirrorings for `augment`, [count, 2, 3] float32, on the CPU.
-    A crop holds `min_crop` to 100 % of the area, with sides like 3:4 to 4:3, as in torchvision's
-    RandomResizedCrop (but a side too long is shortened instead of drawn again).
+
+    A crop holds `min_crop` to 100 % of the area, with sides like 3:4 to 4:3, as in
+    torchvision's RandomResizedCrop (but too long a side is cut, not drawn again).
     """
-    area, shape = torch.empty(count).uniform_(min_crop, 1), torch.empty(count).uniform_(-1, 1)
-    aspect = (shape * math.log(4 / 3)).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    x, y = ((2 * torch.rand(count) - 1) * (1 - side) for side in (width, height))
-    mirror, zero = torch.where(torch.rand(count) < 0.5, -1, 1), torch.zeros(count)
-    return torch.stack([width * mirror, zero, x, zero, height, y], dim=1).view(count, 2, 3)
+    area = torch.empty(count).uniform_(min_crop, 1)
+    aspect = torch.exp(torch.empty(count).uniform_(-1, 1) * math.log(4 / 3))
+    width = (area * aspect).sqrt().clamp(max=1)
+    height = (area / aspect).sqrt().clamp(max=1)
+
+    x = (2 * torch.rand(count) - 1) * (1 - width)
+    y = (2 * torch.rand(count) - 1) * (1 - height)
+    mirror = torch.where(torch.rand(count) < 0.5, -1, 1)
+    zero = torch.zeros(count)
+    views = torch.stack([width * mirror, zero, x, zero, height, y], dim=1)
+    return views.view(count, 2, 3)
 
 
 def augment(images: Tensor, views: Tensor) -> Tensor:
-    """Crops, scales back and mirrors images [B, 3, S, S] by `views`; float32 in 0 … 255."""
+    """Crops, scales back, mirrors images [B, 3, S, S] by `views`; float32, 0 … 255."""
     grid = F.affine_grid(views, list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    border = {"padding_mode": "border", "align_corners": False}
+    return F.grid_sample(images.float(), grid, **border)
 
 
 def normalise(images: Tensor) -> Tensor:
-    """[B, 3, S, S] in 0 … 255 ─► float32, ImageNet's mean and standard deviation removed."""
-    return ((images - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+    """[B, 3, S, S] in 0 … 255 ─► float32, ImageNet's mean and deviation removed."""
+    channels = []
+    for channel, mean, std in zip(images.unbind(1), MEAN, STD, strict=True):
+        channels.append((channel.float() - mean) / std)
+    return torch.stack(channels, dim=1).contiguous(memory_format=torch.channels_last)
 
 
-def augmented_batches(split: Split, settings: Settings, epoch: int, first: int = 0):
-    """Yields an epoch's (images [B, 3, S, S] float32 normalised, targets [B]) from batch `first`.
-    Its random choices follow from (stream_seed, epoch), so experiments share one stream, and reach
-    the device at once, before the first batch. The last, incomplete batch is dropped.
+def augmented_batches(split: Split, settings: Settings, epoch: int):
+    """Yields an epoch's (images [B, 3, S, S] float32 normalised, targets [B]).
+
+    Chance follows from (stream_seed, epoch), so all experiments share one stream. It is
+    sent to the device before the first batch. The last, incomplete batch is dropped.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.stream_seed * 1_000_003 + epoch)
-        order, views = torch.randperm(len(split)), draw_views(len(split), settings.min_crop)
-    order, views = order.to(DEVICE), views.to(DEVICE)
-    for step in range(first, max(1, len(split) // settings.batch_size)):
-        batch = slice(step * settings.batch_size, (step + 1) * settings.batch_size)
+    with seeded(settings.stream_seed, epoch):
+        order = torch.randperm(len(split)).to(DEVICE)
+        views = draw_views(len(split), settings.min_crop).to(DEVICE)
+    size = settings.batch_size
+    for step in range(max(1, len(split) // size)):
+        batch = slice(step * size, (step + 1) * size)
         images, targets = split.images[order[batch]], split.targets[order[batch]]
         yield normalise(augment(images, views[batch])), targets
 
 
-# ── Models ────────────────────────────────────────────────────────────────────────────────────────
+# ── Models ────────────────────────────────────────────────────────────────
 class ConvBlock(nn.Module):
-    """Halves the resolution with a strided 3×3 convolution, then refines it with a residual one."""
+    """A strided 3×3 convolution halves the resolution, a residual one refines it."""
+
     def __init__(self, inputs: int, outputs: int, groups: int = 1):
         super().__init__()
         self.reduce = Conv2dNormActivation(inputs, outputs, 3, stride=2)
         self.refine = Conv2dNormActivation(outputs, outputs, 3, groups=groups)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, inputs, S, S] ─► [B, outputs, S/2, S/2]
-        x = self.reduce(x)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reduce(x)  # [B, inputs, S, S] ─► [B, outputs, S/2, S/2]
         return x + self.refine(x)
 
 
 class CustomCNN(nn.Sequential):
-    """Blocks of 32-64-128-256-512 channels for S ≥ 32, [B, 3, S, S] ─► [B, C]; 3.5 M parameters."""
+    """Five blocks, for S ≥ 32: [B, 3, S, S] ─► [B, C]; 3.5 M parameters."""
+
     def __init__(self, num_classes: int = 10):
         super().__init__(
-            ConvBlock(3, 32), ConvBlock(32, 64), ConvBlock(64, 128), ConvBlock(128, 256),
-            ConvBlock(256, 512, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Dropout(0.2), nn.Linear(512, num_classes),
-        )  # fmt: skip
+            ConvBlock(3, 32),
+            ConvBlock(32, 64),
+            ConvBlock(64, 128),
+            ConvBlock(128, 256),
+            ConvBlock(256, 512, groups=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(512, num_classes),
+        )
 
 
 class LeNet5(nn.Sequential):
-    """LeNet-5 (LeCun et al., 1998, section II.B) for photographs of S ≥ 32; 62 k parameters.
-    Adaptive max pooling gives the paper's maps at any image size. Other differences: three input
-    channels, ReLU, C3 sees all six maps, a linear output.
+    """LeNet-5 (LeCun et al., 1998, section II.B), for S ≥ 32; 62 k parameters.
+
+    Adaptive max pooling gives the paper's maps at any image size. Other differences:
+    three input channels, ReLU, C3 sees all six maps, a linear output.
     """
+
     def __init__(self, num_classes: int = 10):
         super().__init__(
-            nn.Conv2d(3, 6, 5), nn.ReLU(), nn.AdaptiveMaxPool2d(14),  # C1, S2: 6 maps of 14×14
-            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.AdaptiveMaxPool2d(5),  # C3, S4: 16 maps of 5×5
-            nn.Conv2d(16, 120, 5), nn.ReLU(), nn.Flatten(),  # C5
-            nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes),  # F6 and the output
-        )  # fmt: skip
+            nn.Conv2d(3, 6, 5),  # C1
+            nn.ReLU(),
+            nn.AdaptiveMaxPool2d(14),  # S2: 6 maps of 14×14
+            nn.Conv2d(6, 16, 5),  # C3
+            nn.ReLU(),
+            nn.AdaptiveMaxPool2d(5),  # S4: 16 maps of 5×5
+            nn.Conv2d(16, 120, 5),  # C5
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(120, 84),  # F6
+            nn.ReLU(),
+            nn.Linear(84, num_classes),
+        )
 
 
 STUDENTS = {"Custom CNN": CustomCNN, "LeNet-5": LeNet5}
 
 
 def build_teacher(num_classes: int, weights: str | None = "IMAGENET1K_V1") -> nn.Module:
-    """torchvision's ResNet-50 (He et al., 2016) with a new last layer; `weights` as in `Settings`.
-    Raises ValueError for a file that is no state dict of the network with its 1,000 classes.
+    """torchvision's ResNet-50 (He et al., 2016) with a new last layer.
+
+    `weights` as in `Settings`. Raises ValueError if they cannot be had or do not fit.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        known = weights in ResNet50_Weights.__members__
-        network = resnet50(weights=weights if known else None, progress=False)
-        if weights and not known:
-            try:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-                # A number too large for float16 is inf there; its largest is a better start.
-                network.load_state_dict({k: v.nan_to_num(math.nan) for k, v in state.items()})
-            except Exception as error:  # a damaged or foreign file fails in many ways
-                raise ValueError(f"{weights} is no state dict of ResNet-50: {error}") from error
-        network.fc = nn.Linear(network.fc.in_features, num_classes)
-    if weights:  # for the record
-        cached = Path(torch.hub.get_dir(), "checkpoints")
-        path = cached / Path(ResNet50_Weights[weights].url).name if known else Path(weights)
-        name = f"torchvision {weights}" if known else f"local file {path.name}"
-        network.origin = f"{name}, SHA-256 {sha256(path.read_bytes()).hexdigest()}"
+    network = resnet50()
+    if weights:
+        path = Path(weights)
+        try:
+            if weights in ResNet50_Weights.__members__:
+                url = ResNet50_Weights[weights].url
+                path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+                torch.hub.load_state_dict_from_url(url, progress=False)  # to that path
+            network.load_state_dict(read_weights(path))
+        except Exception as error:  # networks and files fail in many ways
+            raise ValueError(
+                f"cannot use the teacher's weights {weights}: {error} If {path} is "
+                "cut, delete it. Offline, set KD_TEACHER_WEIGHTS to the path of a file."
+            ) from error
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        network.origin = f"{Path(weights).name}, SHA-256 {digest}"
+    network.fc = nn.Linear(network.fc.in_features, num_classes)
     return network
 
 
-# ── Loss ──────────────────────────────────────────────────────────────────────────────────────────
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor,
-                      temperature: float, alpha: float) -> Tensor:  # fmt: skip
-    """alpha · T² · KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − alpha) · CE(student, targets)
-    (Hinton, Vinyals & Dean, 2015, section 2.) Logits [B, C] of any float type and targets [B] int64
-    give a float32 scalar. `alpha` weighs the *distillation* term; some libraries mean the other.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, or in a checkpoint that holds it under a usual name."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        content = content.get(key, content)
+    state = {name.removeprefix("module."): value for name, value in content.items()}
+    if "conv1.weight" not in state:
+        raise ValueError(f"it holds {', '.join(list(state)[:8])}.")
+    # A number too large for float16 is inf there; its largest is a better start.
+    return {name: value.nan_to_num(math.nan) for name, value in state.items()}
+
+
+# ── Loss ──────────────────────────────────────────────────────────────────
+def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha):
+    """alpha · T² · KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − alpha) · CE
+
+    (Hinton, Vinyals & Dean, 2015, section 2.) Logits [B, C] of any float type and
+    targets [B] int64 give a float32 scalar. `alpha` weighs the *distillation* term;
+    some libraries mean the other. CE is the student's cross-entropy with the targets.
     Raises ValueError for T ≤ 0, alpha outside [0, 1] and shapes that do not fit.
     """
     if not (temperature > 0 and 0 <= alpha <= 1):
-        raise ValueError(f"need temperature > 0 and 0 ≤ alpha ≤ 1, got {temperature} and {alpha}")
-    given = (student_logits, teacher_logits, targets)
-    shapes = [None if values is None else list(values.shape) for values in given]
+        given = f"got {temperature} and {alpha}"
+        raise ValueError(f"need temperature > 0 and 0 ≤ alpha ≤ 1, {given}")
+    tensors = (student_logits, teacher_logits, targets)
+    shapes = [list(getattr(tensor, "shape", [])) for tensor in tensors]
     if len(shapes[0]) != 2 or shapes[1:] != [shapes[0], shapes[0][:1]]:
-        raise ValueError(f"need logits [B, C] of student and teacher, targets [B]; got {shapes}")
+        raise ValueError(f"need logits [B, C] twice and targets [B], got {shapes}")
+
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     soft_student = F.log_softmax(student / temperature, dim=1)
     soft_teacher = F.log_softmax(teacher / temperature, dim=1)
-    # batchmean divides by B, as the definition does; the default, "mean", divides by B · C.
+    # batchmean divides by B, as the definition does; the default, "mean", by B · C.
     kl = F.kl_div(soft_student, soft_teacher, reduction="batchmean", log_target=True)
-    return alpha * temperature**2 * kl + (1 - alpha) * F.cross_entropy(student, targets)
+    cross_entropy = F.cross_entropy(student, targets)
+    return alpha * temperature**2 * kl + (1 - alpha) * cross_entropy
 
 
-# ── Training: a cohort of students on one stream of batches ───────────────────────────────────────
+# ── Training: a stage, its students, its checkpoint ───────────────────────
 class Student:
     """A network that learns, with its loss, optimiser, schedule and history.
-    `student(images)` gives logits in training mode and mixed precision; dropout depends on (seed,
-    step) alone. `student.step(loss)` takes one step of optimiser and schedule. `loss` is called
-    with (student_logits [B, C], teacher_logits [B, C] or None, targets [B]).
+
+    `loss` is called with (student_logits [B, C], teacher_logits [B, C] or None,
+    targets [B]). Its stage opens it for an epoch, and `end_epoch` closes it.
     """
-    def __init__(self, network: nn.Module, name: str, arm: str, seed: int, loss, optimizer):
-        self.network, self.name, self.arm, self.seed = network, name, arm, seed
-        self.loss, self.optimizer, self.schedule = loss, optimizer, None
-        fp16 = choose_precision() is torch.float16  # its gradients need scaling
+
+    def __init__(self, network, name, arm, seed, loss, settings, total_steps):
+        self.network = network.to(DEVICE, memory_format=torch.channels_last)
+        self.name, self.arm, self.seed = name, arm, seed
+        self.loss = loss
+        weights, decay = network.parameters(), settings.weight_decay
+        self.optimizer = torch.optim.AdamW(weights, weight_decay=decay, fused=True)
+        # One cycle (Smith & Topin, 2018): up in 30 % of the steps, then down to 0
+        peak, cycle = settings.learning_rate, {"cycle_momentum": False}
+        self.schedule = OneCycleLR(self.optimizer, peak, total_steps, **cycle)
+        fp16 = choose_precision() is torch.float16  # its small gradients would become 0
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=fp16)
-        self.losses, self.logits = [], None  # of this epoch's steps; for `val`, at its end
+
+        self.steps, self.is_open = 0, False
+        self.losses = []  # of this epoch's steps
+        self.logits = None  # [N, C] for `val` at the end of an epoch, on the CPU
         self.history = {"loss": [], "train_accuracy": [], "val_accuracy": []}
 
     def __str__(self) -> str:
-        numbers = [f"{key} {value}, " for key, value in getattr(self.loss, "keywords", {}).items()]
-        return f"{self.name}, {self.arm}, {''.join(numbers)}seed {self.seed}"
+        return f"{self.name}, {self.arm}, seed {self.seed}"
 
-    def plan(self, total_steps: int) -> None:
-        """A one-cycle schedule (Smith & Topin, 2018): up to the optimiser's rate, down to 0."""
-        if self.schedule:
-            raise ValueError(f"{self} has been trained: make the students anew, then train them")
-        peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.schedule = OneCycleLR(self.optimizer, peaks, total_steps, cycle_momentum=False)
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] ─► logits [B, C], in training mode; dropout by (seed, step).
 
-    def __call__(self, images: Tensor) -> Tensor:  # [B, 3, S, S] ─► [B, C]
-        torch.manual_seed(self.seed * 1_000_003 + self.schedule.last_epoch)
+        Raises RuntimeError outside of training, ValueError if these are no logits.
+        """
+        if not self.is_open:
+            raise RuntimeError(f"{self} is not in training; for answers: kd.predict")
         self.network.train()
-        with mixed_precision():
-            return self.network(images)
+        with seeded(self.seed, self.steps), mixed_precision():
+            logits = self.network(images)
+        shape = getattr(logits, "shape", [type(logits).__name__])
+        if len(shape) != 2 or shape[0] != len(images):
+            raise ValueError(f"{self}: need logits [B, C], but got {list(shape)}")
+        return logits
 
     def step(self, loss: Tensor) -> None:
+        """One step: backward, optimiser, schedule."""
+        self.optimizer.zero_grad()
+        # The scaler acts in float16 only. It keeps small gradients from becoming 0, and
+        # leaves a step out if a gradient became infinite.
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
-        self.schedule.step()
-        self.losses.append(loss.detach())  # stays on the device: reading it would make us wait
+        self.schedule.step()  # the learning rate of the next step
+        self.steps += 1
+        self.losses.append(
+            loss.detach()
+        )  # on the device: reading it would mean waiting
+
+    def is_finite(self) -> bool:
+        """False if a weight is not finite, or no loss of this epoch is."""
+        checks = [weight.isfinite().all() for weight in self.network.parameters()]
+        checks.append(torch.stack(self.losses).isfinite().any())
+        return torch.stack(checks).all().item()
 
     def end_epoch(self, sample: Split, val: Split) -> None:
-        train_logits, self.logits = predict(self.network, sample), predict(self.network, val)
-        self.check_losses()
-        self.history["loss"].append(torch.stack(self.losses).mean().item())
-        self.history["train_accuracy"].append(score(train_logits, sample)["accuracy"].item())
-        self.history["val_accuracy"].append(score(self.logits, val)["accuracy"].item())
+        """Notes the loss and the accuracies on a sample of `train` and on `val`."""
+        self.is_open = False
+        losses = torch.stack(self.losses).float()
+        on_sample = right(predict(self.network, sample), sample.targets)
+        self.logits = predict(self.network, val).cpu()
+        on_val = right(self.logits, val.targets.cpu())
+        self.history["loss"].append(losses[losses.isfinite()].mean().item())
+        self.history["train_accuracy"].append(on_sample.mean().item())
+        self.history["val_accuracy"].append(on_val.mean().item())
         self.losses = []
 
-    def check_losses(self) -> None:
-        """Raises FloatingPointError if a loss of this epoch or a weight is not finite."""
-        weights = [value.float().mean() for value in self.network.state_dict().values()]
-        finite = torch.stack([*self.losses, *weights]).isfinite().tolist()
-        if False in finite:
-            step = self.schedule.last_epoch - max(0, len(self.losses) - 1 - finite.index(False))
-            raise FloatingPointError(f"{self}: the loss is not finite at step {step}. Lower the "
-                "learning rate and run all cells again: all stages then start anew.")  # fmt: skip
+    def state_dict(self) -> dict:
+        return {
+            "name": self.name,
+            "arm": self.arm,
+            "seed": self.seed,
+            "history": self.history,
+            "logits": self.logits,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
-    def state(self, finished: bool) -> dict:
-        """What a checkpoint holds; a finished student needs no optimiser any more."""
-        plain = {key: vars(self)[key] for key in "name arm seed history logits losses".split()}
-        parts = ["network"] + ([] if finished else ["optimizer", "scaler", "schedule"])
-        return plain | {part: vars(self)[part].state_dict() for part in parts}
-
-    def load_state(self, state: dict) -> None:
-        self.history, self.logits, self.losses = state["history"], state["logits"], state["losses"]
-        for part in filter(state.get, ("network", "optimizer", "scaler", "schedule")):
-            vars(self)[part].load_state_dict(state[part])
-
-
-def make_students(losses: dict, settings: Settings, num_classes: int, networks=None, seeds=None):
-    """One student per arm of {arm: loss}, network and seed, which fixes the initial weights."""
-    students, networks = [], networks or STUDENTS
-    for arm, name, seed in product(losses, networks, settings.seeds if seeds is None else seeds):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network = networks[name](num_classes).to(DEVICE, memory_format=torch.channels_last)
-        lr, decay = settings.learning_rate, settings.weight_decay
-        optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=decay, fused=True)
-        students.append(Student(network, name, arm, seed, losses[arm], optimizer))
-    return students
+    def load_state_dict(self, state: dict) -> None:
+        self.history, self.logits, self.losses = state["history"], state["logits"], []
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps = self.schedule.last_epoch
 
 
-def training_batches(students, train: Split, val: Split, settings: Settings, stage: str,
-                     epochs: int, teacher: nn.Module | None = None):  # fmt: skip
-    """Yields the batches of all epochs (see `augmented_batches`) for the training loop around it.
-    At each epoch's end it scores every student and prints a line. `<runs_dir>/<stage>.pt` is the
-    checkpoint: a finished stage is loaded, an interrupted one continues, bit for bit on a CPU.
-    Raises ValueError for what does not fit together, FloatingPointError for a loss not finite.
-    """
-    check_cohort(students, train, val, teacher)
-    steps = max(1, len(train) // settings.batch_size)
-    total = epochs * steps
-    for student in students:
-        student.plan(total)
-    path = settings.runs_dir / f"{stage}.pt"
-    about = describe_stage(students, train, settings, epochs, teacher)
-    step, seconds = load_checkpoint(path, about, students)
-    saved, start = time.monotonic(), time.monotonic() - seconds
-    sample = train.subset(torch.arange(0, len(train), 10, device=DEVICE))
-    with progress(total=total, initial=step, desc=stage, disable=step == total) as bar:
-        while step < total:
-            for images, targets in augmented_batches(train, settings, step // steps, step % steps):
-                yield images, targets
-                step += 1
-                bar.update()
-                if step % steps == 0:
-                    for student in students:
-                        student.end_epoch(sample, val)
-                    bar.write(log_line(students, step // steps, time.monotonic() - start))
-                if step == total or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    seconds, saved = time.monotonic() - start, time.monotonic()
-                    save_checkpoint(path, about, students, step, seconds, step == total)
+def describe_network(network: nn.Module) -> dict:
+    """Its first weights, its layers, and the source of those not PyTorch's own."""
+    kinds = {type(module) for module in network.modules()}
+    own = [kind for kind in kinds if not kind.__module__.startswith("torch")]
+    return {
+        "initial weights": getattr(network, "origin", "random"),
+        "layers": str(network),
+        "source": sorted(source_of(kind) for kind in own),
+    }
 
 
-def check_cohort(students, train: Split, val: Split, teacher: nn.Module | None) -> None:
-    """Raises ValueError for a teacher that could change, or classes that do not match."""
-    if teacher and (teacher.training or any(p.requires_grad for p in teacher.parameters())):
-        raise ValueError("the teacher could change: freeze it, .eval().requires_grad_(False)")
-    owners = {"val": val, "the teacher": teacher, **{str(s): s.network for s in students}}
-    for who, owner in owners.items():  # the same classes in another order would train on garbage
-        if (classes := getattr(owner, "classes", train.classes)) != train.classes:
-            raise ValueError(f"{who} has the classes {classes}, but train has {train.classes}")
-    for student in students:
-        student.network.classes = train.classes
+def describe_loss(loss) -> dict:
+    """The numbers of a loss, in a `partial` or in variables it uses, and its source."""
+    numbers = {}
+    while isinstance(loss, partial):
+        numbers = {**loss.keywords, **numbers}
+        loss = loss.func
+    if inspect.isfunction(loss):
+        used = inspect.getclosurevars(loss)
+        numbers = {**used.globals, **used.nonlocals, **numbers}
+    simple = bool | int | float | str
+    found = {
+        name: value for name, value in numbers.items() if isinstance(value, simple)
+    }
+    return {**found, "source": source_of(loss)}
 
 
-def log_line(students, epoch: int, seconds: float) -> str:
-    """Epoch, seconds so far, and validation accuracy in % by network and arm, means over seeds."""
-    line = f"{epoch:2} | {seconds:.0f} s"
-    for name in dict.fromkeys(s.name for s in students):
-        members = [(s.arm, 100 * s.history["val_accuracy"][-1]) for s in students if s.name == name]
-        means = {arm: np.mean([value for a, value in members if a == arm]) for arm, _ in members}
-        line += f" | {name}: " + ", ".join(f"{arm} {mean:.1f}" for arm, mean in means.items())
-    return line if len(line) <= 100 else f"{line[:97]}..."
-
-
-def describe_stage(students, train: Split, settings: Settings, epochs: int, teacher) -> dict:
-    """What must be unchanged for a checkpoint to be continued."""
-    defaults = students[0].optimizer.defaults
-    about = {key: getattr(settings, key) for key in ("dataset", "image_size", "batch_size")}
-    about |= {"epochs": epochs, "training images": len(train), "min_crop": settings.min_crop}
-    about |= {"stream_seed": settings.stream_seed, "peak learning rate": defaults["lr"]}
-    about |= {"weight decay": defaults["weight_decay"]}
-    if teacher:
-        values = [v.cpu().reshape(-1).view(torch.uint8) for v in teacher.state_dict().values()]
-        about["SHA-256 of the trained teacher"] = sha256(torch.cat(values).numpy()).hexdigest()
-    for number, student in enumerate(students, 1):
-        size = sum(p.numel() for p in student.network.parameters())
-        origin = getattr(student.network, "origin", "random weights")
-        about[f"student {number}"] = f"{student}: {size:,} parameters from {origin}"
-    return about
-
-
-def save_checkpoint(path: Path, about: dict, students, step: int, seconds: float, finished: bool):
-    """Writes aside, flushes to the disk and renames: at any moment the file is whole."""
-    [student.check_losses() for student in students]
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-    machine = f"{device}, {str(choose_precision())[6:]}, {versions}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(aside := path.with_suffix(".tmp"), "wb") as file:
-        states = [student.state(finished) for student in students]
-        torch.save({"about": about, "machine": machine, "step": step, "seconds": seconds,
-                    "finished": finished, "students": states}, file)  # fmt: skip
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def load_checkpoint(path: Path, about: dict, students) -> tuple[int, float]:
-    """Restores the students; returns their steps and seconds so far, 0 without a usable file."""
-    if not path.exists():
-        return 0, 0.0
+def source_of(thing) -> str:
+    """The source of a function, or of the functions of a class or an object's class."""
+    if not inspect.isfunction(thing):
+        members = vars(thing if isinstance(thing, type) else type(thing)).values()
+        return "\n".join(
+            source_of(each) for each in members if inspect.isfunction(each)
+        )
     try:
-        saved = torch.load(path, map_location=DEVICE, weights_only=True)
-        old, finished = saved["about"], saved["finished"]
-        changed = [key for key in old | about if old.get(key) != about.get(key)]
-        told = [f"{key} was {old.get(key)} and is {about.get(key)}" for key in changed[:3]]
-        problem = f"has other settings ({'; '.join(told)})" if told else None
+        return inspect.getsource(thing)
+    except OSError:  # typed at a prompt: its byte code, then
+        return f"{thing.__code__.co_code.hex()} {thing.__code__.co_consts}"
+
+
+class Stage:
+    """Students that learn together, with all that this takes.
+
+    One student is made for each arm of `losses` {arm: loss}, network of `networks`
+    {name: build(num_classes)} and seed, which fixes its initial weights. `splits` are
+    (train, val). The checkpoint is `<runs_dir>/<name>.pt`. Raises ValueError for a
+    teacher that could change, and for classes that do not match.
+    """
+
+    def __init__(self, name, losses, settings, splits, networks=STUDENTS, teacher=None):
+        self.name, self.settings, self.teacher = name, settings, teacher
+        self.train, self.val = splits
+        self.path = settings.runs_dir / f"{name}.pt"
+        self.steps = max(1, len(self.train) // settings.batch_size)  # an epoch
+        self.seconds = []  # since the start, at the end of each epoch
+        self.students = []
+        self.check_teacher_and_classes()
+
+        for arm, kind, seed in product(losses, networks, settings.seeds):
+            with seeded(seed):
+                network = networks[kind](len(self.train.classes))
+            network.trained_on = self.train.classes
+            total = settings.epochs * self.steps
+            student = Student(network, kind, arm, seed, losses[arm], settings, total)
+            self.students.append(student)
+        self.record = self.describe()
+
+    def check_teacher_and_classes(self) -> None:
+        teacher, classes = self.teacher, self.train.classes
+        weights = list(teacher.parameters()) if teacher else []
+        if teacher and (teacher.training or any(w.requires_grad for w in weights)):
+            raise ValueError("freeze the teacher first: .eval().requires_grad_(False)")
+        taught = getattr(teacher, "trained_on", classes)
+        for who, known in (("val", self.val.classes), ("the teacher", taught)):
+            # The same classes in another order would train on garbage.
+            if tuple(known) != tuple(classes):
+                raise ValueError(f"{who} has classes {known}, but train has {classes}")
+
+    def describe(self) -> dict:
+        """All that shapes the result. A file is used only if this is unchanged."""
+        weights = self.teacher.state_dict().values() if self.teacher else []
+        return {
+            "dataset": Path(self.settings.dataset).name,
+            "training images": len(self.train),
+            "content of train": self.train.fingerprint(),
+            "content of val": self.val.fingerprint(),
+            "image size": self.train.images.shape[-1],
+            "batch size": self.settings.batch_size,
+            "epochs": self.settings.epochs,
+            "smallest crop": self.settings.min_crop,
+            "seed of the stream": self.settings.stream_seed,
+            "peak learning rate": self.settings.learning_rate,
+            "weight decay": self.settings.weight_decay,
+            "precision": str(choose_precision()).removeprefix("torch."),
+            "seeds": tuple(self.settings.seeds),
+            "networks": {s.name: describe_network(s.network) for s in self.students},
+            "losses": {s.arm: describe_loss(s.loss) for s in self.students},
+            "teacher": fingerprint(weights) if self.teacher else "none",
+        }
+
+    def epochs_left(self):
+        """Yields the epochs to train, after what an earlier run left is loaded.
+
+        After each it scores the students, prints a line and, every few minutes, saves.
+        Raises OSError for a folder that cannot be written, FloatingPointError for
+        numbers that are not finite.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.path.parent).close()  # can it be written?
+        self.restore()
+        sample = self.train.subset(torch.arange(0, len(self.train), 10, device=DEVICE))
+        start = time.monotonic() - (self.seconds[-1] if self.seconds else 0)
+        saved = time.monotonic()
+
+        for epoch in range(len(self.seconds), self.settings.epochs):
+            for student in self.students:
+                student.is_open = True
+            yield epoch
+
+            self.check_finite(sample)
+            for student in self.students:
+                student.end_epoch(sample, self.val)
+            self.seconds.append(time.monotonic() - start)
+            print(self.log_line(epoch))
+            is_last = epoch + 1 == self.settings.epochs
+            if is_last or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = time.monotonic()
+
+    def batches(self, epoch: int):
+        """The epoch's `augmented_batches`, with a progress bar."""
+        batches = augmented_batches(self.train, self.settings, epoch)
+        name = f"{self.name}, epoch {epoch + 1} of {self.settings.epochs}"
+        return progress(batches, total=self.steps, desc=name)
+
+    def check_finite(self, sample: Split) -> None:
+        broken = [str(student) for student in self.students if not student.is_finite()]
+        if broken:
+            problem = f"{broken[0]} is not finite: lower the learning rate"
+            if self.teacher and not predict(self.teacher, sample).isfinite().all():
+                problem = "the teacher's logits are not finite: look at its weights"
+            raise FloatingPointError(f"{self.name}: {problem}, then run the cell again")
+
+    def log_line(self, epoch: int) -> str:
+        """Minutes and validation accuracy in % by network and arm, means over seeds."""
+        values = {}
+        for student in self.students:
+            accuracy = 100 * student.history["val_accuracy"][epoch]
+            values.setdefault(f"{student.name} {student.arm}", []).append(accuracy)
+        means = [f"{key} {np.mean(found):.1f}" for key, found in values.items()]
+        start = f"epoch {epoch + 1:2} | {self.seconds[epoch] / 60:5.1f} min | "
+        return textwrap.fill(start + ", ".join(means), 100, subsequent_indent=" " * 23)
+
+    def save(self) -> None:
+        """Writes aside, flushes to the disk and renames: the file is always whole."""
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+        checkpoint = {
+            "record": self.record,
+            "machine": f"{device}, torch {torch.__version__}",
+            "seconds": self.seconds,
+            "students": [student.state_dict() for student in self.students],
+        }
+        aside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        with open(aside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(aside, self.path)
+
+    def restore(self) -> None:
+        """Loads what an earlier run left, if that had the same record."""
+        saved = read_checkpoint(self.path)
+        changes = differences(saved["record"], self.record) if saved else []
+        if changes:
+            set_aside(self.path, f"has other settings: {'; '.join(changes[:3])}")
+        elif saved:
+            for student, state in zip(self.students, saved["students"], strict=True):
+                student.load_state_dict(state)
+            self.seconds = saved["seconds"]
+            lines = [self.log_line(epoch) for epoch in range(len(self.seconds))]
+            print(f"From {self.path}:", *lines, sep="\n")
+        if any(student.steps for student in self.students) and not self.seconds:
+            raise RuntimeError(f"{self.name} was left within an epoch: make it anew")
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """What differs between two records, by name; long texts are not quoted."""
+    found = []
+    for key in old | new:
+        before, after = old.get(key, "missing"), new.get(key, "missing")
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [f"{key}, {inner}" for inner in differences(before, after)]
+        elif before != after:
+            is_short = len(f"{before}{after}") < 60
+            told = f"was {before} and is {after}" if is_short else "has changed"
+            found.append(f"{key} {told}")
+    return found
+
+
+def read_checkpoint(path: Path) -> dict | None:
+    """A stage's file, on the CPU; None if there is none. A damaged one is set aside."""
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.keys() >= {"record", "machine", "seconds", "students"}:
+            return saved
+        problem = "it holds something else"
     except Exception as error:  # a damaged or foreign file fails in many ways
-        problem = f"is no readable checkpoint ({type(error).__name__})"
-    if problem:
-        set_aside(path, problem)
-        return 0, 0.0
-    for student, state in zip(students, saved["students"], strict=True):
-        student.load_state(state)
-    print(f"{path}: {'finished before' if finished else 'continues'}")
-    return saved["step"], saved["seconds"]
+        problem = type(error).__name__
+    set_aside(path, f"is no readable checkpoint ({problem})")
+    return None
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Renames a file or folder that cannot be used, and says so: nothing is deleted."""
-    new = path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
-    path.rename(new)
-    print(f"{path} {why}. It is now called {new.name}, and a new one is made.")
+    """Renames what cannot be used, and says so: nothing is deleted or overwritten."""
+    names = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    new = next(name for name in names if not name.exists())
+    if path.exists():
+        rename(path, new)
+        print(f"{path} {why}. It is now called {new.name}, and a new one is made.")
 
 
-# ── Metrics and statistics ────────────────────────────────────────────────────────────────────────
+def rename(path: Path, new: Path) -> None:
+    """Renames, and tries again a few times: Google Drive and Windows may be busy."""
+    for wait in (0.1, 0.4, 1.6):
+        try:
+            path.replace(new)
+            return
+        except OSError:
+            time.sleep(wait)
+    path.replace(new)
+
+
+# ── Statistics ────────────────────────────────────────────────────────────
 @torch.no_grad()
 def predict(network: nn.Module, split: Split) -> Tensor:
     """Logits [N, C] float32 of the images as they are, in evaluation mode."""
     network.eval()
     with mixed_precision():
-        return torch.cat([network(normalise(batch)).float() for batch in split.images.split(256)])
+        batches = [network(normalise(batch)) for batch in split.images.split(256)]
+    return torch.cat(batches).float()
 
 
-def score(logits: Tensor, split: Split) -> dict[str, Tensor]:
-    """Accuracy (on all, and on never-seen images), NLL (nats), ECE: scalars; recall [C], right [N].
-    ECE is the expected calibration error with 15 equal bins (Guo et al., 2017, section 2).
+def right(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N, C] and [N] ─► [N] float32: 1 for a right answer, 0 for a wrong one."""
+    return (logits.argmax(1) == targets).float()
+
+
+# 97.5 % quantiles of Student's t for 1, 2, … 9 and for 10, 20, … 100 degrees of freedom
+T_UNITS = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T_TENS = (2.228, 2.086, 2.042, 2.021, 2.009, 2.000, 1.994, 1.990, 1.987, 1.984)
+
+
+def interval(gains) -> tuple[float, float, float]:
+    """Mean of paired gains [seeds, images] and its 95 % interval: (mean, low, high).
+
+    It covers the luck of seeds and of images: the variances add up, with the degrees of
+    freedom of Welch (1947) and Satterthwaite, rounded down. Its ends are nan for fewer
+    than two seeds or images.
     """
-    confidence, answers = logits.softmax(1).max(1)
-    right, unseen = (answers == split.targets).float(), split.never_seen.float()
-    bins = (15 * confidence).long().clamp(max=14)
-    gaps = torch.zeros(15, device=logits.device).index_add_(0, bins, right - confidence)
-    truth = F.one_hot(split.targets, logits.shape[1]).float()  # [N, C]
-    return {
-        "accuracy": right.mean(),
-        "never_seen": (right * unseen).sum() / unseen.sum(),
-        "nll": F.cross_entropy(logits, split.targets),
-        "ece": gaps.abs().sum() / len(right),
-        "recall": right @ truth / truth.sum(0),
-        "right": right,
-    }
-
-
-def interval(values) -> tuple[float, float, float]:
-    """The mean of paired gains and its 95 % t-interval: nan if n < 2 or all are equal; n ≤ 12."""
-    # 97.5 % quantiles of Student's t distribution for 1 to 11 degrees of freedom
-    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
-    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
-    if n < 2 or np.ptp(values) < 1e-6:
+    gains = np.asarray(gains, dtype=float)
+    seeds, images = gains.shape
+    mean = float(gains.mean()) if gains.size else math.nan
+    if min(seeds, images) < 2:
         return mean, math.nan, math.nan
-    half = quantiles[min(n - 2, 10)] * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+    by_seed = gains.mean(1).var(ddof=1) / seeds  # squared standard errors
+    by_image = gains.mean(0).var(ddof=1) / images
+    spread = by_seed**2 / (seeds - 1) + by_image**2 / (images - 1)
+    if spread == 0:
+        return mean, mean, mean
+    freedom = int((by_seed + by_image) ** 2 / spread + 1e-6)  # 4.0 stays 4
+    tens = min(freedom // 10, 10)
+    quantile = T_TENS[tens - 1] if tens else T_UNITS[freedom - 1]
+    half = quantile * math.sqrt(by_seed + by_image)
     return mean, mean - half, mean + half
 
 
 def verdict(gains) -> str:
-    """What the 95 % interval of paired gains allows to say."""
+    """What the 95 % interval of paired gains [seeds, images] allows to say."""
     _, low, high = interval(gains)
-    return "helps" if low > 0 else "hurts" if high < 0 else "inconclusive"
+    if low > 0:
+        return "helps"
+    return "hurts" if high < 0 else "inconclusive"
 
 
-# ── Report: made from what the finished stages left in `runs_dir` ─────────────────────────────────
+# ── Results: what the finished stages left in `runs_dir` ──────────────────
 class Results:
-    """What finished stages left: `stages`, `teacher` (its logits), and `rows`, one per student.
-    Raises ValueError if Experiments 1 and 2 were run with different settings.
+    """All finished stages that were scored on `val`, on the CPU.
+
+    `students` is {(network, arm): {seed: what its checkpoint holds}}, `teacher` the
+    teacher's logits [N, C] or None, `stages` the files by name, `missing` the
+    experiments that were not run. Raises ValueError if they do not belong together.
     """
+
+    EXPERIMENTS = ("Experiment 1", "Experiment 2")
+
     def __init__(self, settings: Settings, val: Split):
-        self.stages, experiments = {}, ("Experiment 1", "Experiment 2")
-        for stage in ("teacher", *experiments, "sweep teacher", "sweep"):
-            if (path := settings.runs_dir / f"{stage}.pt").exists():
-                saved = torch.load(path, map_location=DEVICE, weights_only=True)
-                self.stages |= {stage: saved} if saved["finished"] else {}
-        self.missing = [stage for stage in experiments if stage not in self.stages]
-        one, two = (self.stages.get(s, {"about": {}, "students": []}) for s in experiments)
-        shared = [key for key in one["about"].keys() & two["about"].keys() if "student" not in key]
-        if differing := [key for key in shared if one["about"][key] != two["about"][key]]:
-            raise ValueError(f"Experiments 1 and 2 differ in {differing}: run both alike")
-        teacher = self.stages.get("teacher", {"students": [{"logits": None}]})["students"][0]
-        self.rows, self.teacher = one["students"] + two["students"], teacher["logits"]
-        for row in self.rows:
-            row |= {key: value.cpu().numpy() for key, value in score(row["logits"], val).items()}
-            if self.teacher is not None:
-                same = row["logits"].argmax(1) == self.teacher.argmax(1)
-                row["agreement"] = same.float().mean().item()
+        self.targets = val.targets.cpu()  # [N]
+        self.never_seen = val.never_seen.cpu().numpy()  # [N] bool
+        self.students, self.teacher, self.stages = {}, None, {}
+        others = sorted(path.stem for path in settings.runs_dir.glob("*.pt"))
+        for name in dict.fromkeys([*self.EXPERIMENTS, *others]):
+            saved = read_checkpoint(settings.runs_dir / f"{name}.pt")
+            if saved and len(saved["seconds"]) == saved["record"]["epochs"]:
+                self.add(name, saved, val.fingerprint())
+        self.missing = [name for name in self.EXPERIMENTS if name not in self.stages]
+        self.check()
 
-    def values(self, name: str, arm: str, key: str = "accuracy") -> dict:
-        """{seed: value} of one network in one arm; empty if it was not trained."""
-        rows = [row for row in self.rows if (row["name"], row["arm"]) == (name, arm)]
-        return {row["seed"]: row.get(key, math.nan) for row in rows}
+    def add(self, name: str, saved: dict, content: str) -> None:
+        if saved["record"]["content of val"] != content:
+            if name in (*self.EXPERIMENTS, "teacher"):
+                raise ValueError(f"{name} was scored on other images: run it again")
+            return  # it helped to choose settings, on a part of `train`
+        self.stages[name] = saved
+        for student in saved["students"]:
+            key = (student["name"], student["arm"])
+            if name == "teacher":
+                self.teacher = student["logits"]
+            else:
+                self.students.setdefault(key, {})[student["seed"]] = student
 
-    def gains(self, name: str, key="accuracy", arm="distilled", other="alone") -> np.ndarray:
-        """[seeds] or [seeds, C]: `arm` − `other`, paired by seed: what both share cancels."""
-        one, two = self.values(name, arm, key), self.values(name, other, key)
-        return np.array([one[seed] - two[seed] for seed in one if seed in two])
+    def check(self) -> None:
+        """Refuses experiments that differ in more than losses and teacher."""
+        if not self.missing:
+            records = [dict(self.stages[name]["record"]) for name in self.EXPERIMENTS]
+            for record in records:
+                del record["losses"], record["teacher"]
+            changes = differences(*records)
+            if changes:
+                raise ValueError(f"Experiments 1 and 2 differ: {'; '.join(changes)}")
+        if "teacher" in self.stages and "Experiment 2" in self.stages:
+            weights = self.stages["teacher"]["students"][0]["network"].values()
+            if fingerprint(weights) != self.stages["Experiment 2"]["record"]["teacher"]:
+                raise ValueError("Experiment 2 had another teacher: run it again")
 
-    def probabilities(self, arm: str, name: str = "Custom CNN") -> Tensor:
-        """[N, C], the mean over seeds of one network's probabilities for `val`."""
-        logits = torch.stack(list(self.values(name, arm, "logits").values()))  # [seeds, N, C]
-        return logits.softmax(2).mean(0)
+    def values(self, network: str, arm: str, metric=right) -> dict[int, np.ndarray]:
+        """{seed: metric(logits [N, C], targets [N])}; KeyError if not trained."""
+        seeds = self.students[network, arm].items()
+        return {s: metric(one["logits"], self.targets).numpy() for s, one in seeds}
 
-    def mean(self, name: str, arm: str, key: str = "accuracy", form: str = ".1%") -> str:
-        values = list(self.values(name, arm, key).values())
-        return format(np.mean(values), form).rstrip("%") if values else "not run"
-
-
-def confusions(logits: Tensor, split: Split) -> tuple[Tensor, Tensor]:
-    """[C, C]: % of a true class (row) by answer. [C]: by how much each is named too often."""
-    labels = (split.targets.cpu(), logits.argmax(1).cpu())
-    truth, answers = (F.one_hot(each, logits.shape[1]).float() for each in labels)  # [N, C]
-    return 100 * (truth.T @ answers) / truth.sum(0)[:, None], answers.sum(0) / truth.sum(0) - 1
-
-
-def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table, its first column aligned left and the others right."""
-    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def points(gains) -> str:
-    """Paired gains in percentage points: their mean and 95 % interval."""
-    if not len(gains) or np.isnan(gains).any():
-        return "–"
-    mean, low, high = (100 * value for value in interval(gains))
-    return f"{mean:+.1f}" + ("" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
+    def gains(
+        self, network, arm="distilled", other="alone", metric=right
+    ) -> np.ndarray:
+        """[seeds, …]: `arm` − `other`, paired by seed; with `right`, [seeds, N]."""
+        first = self.values(network, arm, metric)
+        second = self.values(network, other, metric)
+        return np.array(
+            [first[seed] - second[seed] for seed in first if seed in second]
+        )
 
 
-def result_table(results: Results) -> str:
-    rows = []
-    for name in STUDENTS:
-        gains = results.gains(name)
-        means = [results.mean(name, arm) for arm in ("alone", "distilled")]
-        rows.append([name, *means, points(gains), f"{int((gains > 0).sum())} of {len(gains)}"])
-    note = f"\n\n**Not run yet: {' and '.join(results.missing)}.**" if results.missing else ""
-    header = "student, alone %, distilled %, gain [95 % interval], seeds won"
-    return table(header.split(", "), rows) + note
+class Portable(nn.Module):
+    """A network to take away: uint8 [B, 3, S, S] in, probabilities [B, C] out."""
 
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
 
-def verdict_lines(results: Results, val: Split) -> str:
-    """One line per student: did it help, also on never-seen images, and beyond the class mean?"""
-    lines, unseen = [], int(val.never_seen.sum())
-    told = {"helps": "what the teacher says about the single image teaches more",
-            "hurts": "the mean answer teaches more", "inconclusive": "no clear lead"}  # fmt: skip
-    for name in STUDENTS:
-        gains, lead = results.gains(name), results.gains(name, other="class mean")
-        if not len(gains):
-            lines.append(f"- **{name}: no verdict.** A gain needs both experiments.")
-            continue
-        fresh, control = results.gains(name, "never_seen"), results.gains(name, arm="class mean")
-        luck = 196 * results.gains(name, "right").mean(0).std() / math.sqrt(len(val))  # 1.96 SE
-        line = f"- **Distillation into {name}: {verdict(gains)}.** Gain {points(gains)} points "
-        line += f"(± {luck:.1f} for the choice of images); on the {unseen} never-seen images "
-        line += f"{points(fresh)}: {verdict(fresh)}."
-        if len(lead):
-            line += f" The teacher's mean answer to a class gains {points(control)}: "
-            line += f"{verdict(control)}. *Distilled* leads it by {points(lead)}: "
-            line += f"{told[verdict(lead)]}."
-        lines.append(line)
-    return "\n".join(lines)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(normalise(images)).softmax(1)
