@@ -1,15 +1,10 @@
-"""Knowledge distillation on Imagewoof and Imagenette: what the two notebooks import.
+"""Knowledge distillation: what the two notebooks import.
 
     download ─► split ─► batches ─┬─► teacher (frozen) ─┐
                 uint8, on device  └─► students ──► loss ◄┘ ─► step ─► results
 
-All students of a stage learn from one stream: a batch is drawn and augmented once, the
-teacher reads it once, and each student takes its own step on it. So two students with
-the same seed differ by their loss alone.
 Shapes: N images, B images in a batch, C classes, S pixels a side.
 """
-
-from __future__ import annotations
 
 import hashlib
 import inspect
@@ -26,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from http.client import HTTPException
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -35,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.datasets.folder import is_image_file
 from torchvision.models import ResNet50_Weights, resnet50
@@ -45,7 +41,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.backends.cudnn.benchmark = True  # on a GPU: tries the algorithms, keeps the best
 DOWNLOAD_SECONDS = 60  # without an answer, before a download is given up
 CHECKPOINT_SECONDS = 300  # at least, between two checkpoints
-# To stdout, because a notebook shows stderr in red
 progress = partial(tqdm, file=sys.stdout, ncols=100, leave=False, mininterval=2)
 
 
@@ -95,37 +90,32 @@ PROFILES = {  # what differs from the defaults above
 
 
 def choose_settings(dataset: str, profile: str | None = None) -> Settings:
-    """The settings that suit the hardware, or those of a profile (or of KD_PROFILE).
-
-    KD_DATA_DIR and KD_RUNS_DIR name folders, KD_TEACHER_WEIGHTS weights or a file.
-    Raises ValueError for an unknown profile, FileNotFoundError for unknown weights.
-    """
+    """The settings of a profile; without one, of KD_PROFILE's or the device's.
+    KD_DATA_DIR, KD_RUNS_DIR and KD_TEACHER_WEIGHTS (name or file) are obeyed."""
     suited = "full" if DEVICE.type == "cuda" else "small"
-    profile = profile or os.environ.get("KD_PROFILE") or suited
+    profile = profile or os.getenv("KD_PROFILE") or suited
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is none of {', '.join(PROFILES)}")
     if DEVICE.type == "cpu":
         print(
-            f"No GPU: profile {profile!r}. Two cores take minutes (demo), hours (small)"
+            f"No GPU: profile {profile!r}. demo takes minutes, small hours, full a day."
         )
-        print("or a day (full). In Colab: Runtime → Change runtime type → T4 GPU.")
+        print("In Colab: Runtime → Change runtime type → T4 GPU.")
 
-    weights = path_from("KD_TEACHER_WEIGHTS", "IMAGENET1K_V1")
-    known = profile == "demo" or str(weights) in ResNet50_Weights.__members__
+    is_demo = profile == "demo"
+    weights = Path(os.getenv("KD_TEACHER_WEIGHTS") or "IMAGENET1K_V1").expanduser()
+    runs_dir = Path(os.getenv("KD_RUNS_DIR") or "runs").expanduser()
+    known = is_demo or str(weights) in ResNet50_Weights.__members__
     if not known and not weights.is_file():
         raise FileNotFoundError(f"KD_TEACHER_WEIGHTS: there is no file {weights}")
     return Settings(
-        dataset="demo" if profile == "demo" and dataset in DATASETS else dataset,
+        dataset="demo" if is_demo and dataset in DATASETS else dataset,
         profile=profile,
-        data_dir=path_from("KD_DATA_DIR", "data"),
-        runs_dir=path_from("KD_RUNS_DIR", "runs") / f"{Path(dataset).name}-{profile}",
-        teacher_weights=None if profile == "demo" else str(weights),
+        data_dir=Path(os.getenv("KD_DATA_DIR") or "data").expanduser(),
+        runs_dir=runs_dir / f"{Path(dataset).name}-{profile}",
+        teacher_weights=None if is_demo else str(weights),
         **PROFILES[profile],
     )
-
-
-def path_from(variable: str, default: str) -> Path:
-    return Path(os.environ.get(variable) or default).expanduser()
 
 
 @cache
@@ -135,8 +125,7 @@ def choose_precision() -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     info = Path("/proc/cpuinfo")
-    cpu = info.read_text() if info.exists() else ""
-    native = "amx_bf16" in cpu or "avx512_bf16" in cpu
+    native = info.exists() and "_bf16" in info.read_text()  # avx512_bf16, amx_bf16
     return torch.bfloat16 if native else torch.float32
 
 
@@ -186,20 +175,21 @@ CLASS_NAMES = {  # of the folders that ImageNet calls by number
 
 
 def count_images(folder: Path) -> tuple[int, int]:
-    train, val = (list(Path(folder, s).glob("*/*.JPEG")) for s in ("train", "val"))
+    train, val = (list(folder.glob(f"{s}/*/[!.]*.JPEG")) for s in ("train", "val"))
     return len(train), len(val)
 
 
 def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Path:
-    """Downloads and unpacks a dataset; returns its folder, `<root>/<name>`.
-
-    A folder with the right number of images is used; any other is set aside. "demo" is
-    drawn. A folder of your own is returned as it is. Raises ValueError for an unknown
-    name or a wrong number of images, ConnectionError for an archive that cannot be had,
-    tarfile.FilterError for members that escape.
-    """
+    """A dataset's folder, downloaded unless it is whole, or your own folder. Raises
+    ValueError (name, number of images), ConnectionError, tarfile.FilterError."""
     if name not in DATASETS:
-        return own_folder(name)
+        own = Path(name).expanduser()
+        if (own / "train").is_dir() and (own / "val").is_dir():
+            return own
+        raise ValueError(
+            f"{name!r}: no folder with train and val, nor {list(DATASETS)}"
+        )
+
     folder = Path(root, name).expanduser()
     known_md5, expected = DATASETS[name]
     if count_images(folder) == expected:
@@ -207,7 +197,7 @@ def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Pat
 
     state = f"{folder} holds {count_images(folder)} images, expected {expected}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         fresh = Path(scratch, name)
         if name == "demo":
             draw_demo_dataset(fresh)
@@ -216,18 +206,8 @@ def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Pat
         if count_images(fresh) != expected:
             raise ValueError(f"{name}.tgz: {count_images(fresh)}, expected {expected}")
         if count_images(folder) != expected:  # else another notebook was faster
-            set_aside(folder, state)
+            set_aside(folder, f"holds {count_images(folder)}, expected {expected}")
             rename(fresh, folder)
-    return folder
-
-
-def own_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    if not (folder / "train").is_dir() or not (folder / "val").is_dir():
-        known = ", ".join(DATASETS)
-        raise ValueError(
-            f"{name!r} is none of {known}, and no folder with train and val"
-        )
     return folder
 
 
@@ -237,13 +217,11 @@ def fetch_archive(url: str, folder: str, md5: str, state: str) -> None:
         try:
             with urlopen(url, timeout=DOWNLOAD_SECONDS) as answer:
                 archive = answer.read()
+            if hashlib.md5(archive).hexdigest() == md5:
+                break
+            problem = "a file with another MD5"
         except (OSError, HTTPException) as error:
             problem = error
-            continue
-        found = hashlib.md5(archive).hexdigest()
-        if found == md5:
-            break
-        problem = f"a file with MD5 {found} instead of {md5}"
     else:
         advice = f"Try later, or unpack it into {Path(folder).parent} yourself."
         raise ConnectionError(f"{state}. {url} gave {problem}. {advice}")
@@ -252,22 +230,22 @@ def fetch_archive(url: str, folder: str, md5: str, state: str) -> None:
 
 
 def draw_demo_dataset(folder: Path) -> None:
-    """Draws ten classes of shapes, laid out as the real datasets, without network."""
+    """Draws ten classes of shapes, laid out like the real datasets."""
     rng = np.random.default_rng(0)
-    corners = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "disc": 30}
-    classes = list(product(("gold", "plum"), corners))
+    shapes = ("triangle", "square", "pentagon", "hexagon", "disc")
+    corners = (3, 4, 5, 6, 30)
     train, val = DATASETS["demo"][1]
     for index in range(train + val):
-        colour, shape = classes[index % 10]
+        kind, colour = index % 5, ("gold", "plum")[index // 5 % 2]
         noise = rng.integers(0, 140, (12, 12, 3), dtype=np.uint8)
         image = Image.fromarray(noise).resize((96, 96))
         circle = rng.integers([34, 34, 20], [62, 62, 34]).tolist()  # x, y, radius
-        ImageDraw.Draw(image).regular_polygon(circle, corners[shape], fill=colour)
+        ImageDraw.Draw(image).regular_polygon(circle, corners[kind], fill=colour)
 
         # As in the real data, some images of val come from ImageNet's own val.
         split = "train" if index < train else "val"
         stem = "ILSVRC2012_val" if train <= index < train + 40 else "drawn"
-        path = folder / split / f"{colour} {shape}" / f"{stem}_{index:08d}.JPEG"
+        path = folder / split / f"{colour} {shapes[kind]}" / f"{stem}_{index:08d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=90)
 
@@ -284,7 +262,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def subset(self, chosen: Tensor) -> Split:
+    def subset(self, chosen: Tensor):
         """The images at these places (int64), or where this is true (bool [N])."""
         images, targets = self.images[chosen], self.targets[chosen]
         return Split(images, targets, self.classes, self.never_seen[chosen])
@@ -297,38 +275,14 @@ def fingerprint(tensors, text: str = "") -> str:
     """SHA-256 of the bytes of tensors and of a text."""
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(plain.view(torch.uint8).numpy())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def list_images(folder: Path) -> tuple[list[Path], list[str]]:
-    """Image files by class, and the classes; what is hidden is left out."""
-    classes = [path.name for path in list_visible(folder) if path.is_dir()]
-    if len(classes) < 2:
-        raise ValueError(f"{folder} needs two or more class folders, has {classes}")
-    images, others = [], 0
-    for name in classes:
-        files = list_visible(folder / name)
-        found = [path for path in files if is_image_file(path.name)]
-        if not found:
-            raise FileNotFoundError(f"{folder / name} holds no image")
-        images += found
-        others += len(files) - len(found)
-    if others:
-        print(f"{folder}: {others} files are left out, which are no images by name.")
-    return images, classes
-
-
-def list_visible(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
-
-
 def read_image(path: str | Path, size: int) -> Tensor:
-    """An image as [3, size, size] uint8: upright, centre cut out, on white.
-
-    Raises ValueError for a file that cannot be read, naming it.
-    """
+    """An image as [3, size, size] uint8: upright, its centre, on white.
+    Raises ValueError for a file that cannot be read, naming it."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)  # as the camera was held
@@ -345,24 +299,31 @@ def read_image(path: str | Path, size: int) -> Tensor:
 
 
 def load_split(folder, split: str, size: int) -> Split:
-    """Decodes `<folder>/<split>/<class>/*.jpg` once, as `read_image` does.
+    """Decodes the images in `<folder>/<split>/<class>/`, on all cores. Raises
+    FileNotFoundError if none are there, ValueError if they cannot be read."""
+    folder = Path(folder, split)
+    visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    names = [path.name for path in visible if path.is_dir()]
+    if len(names) < 2:
+        raise ValueError(f"{folder} needs two or more class folders, has {names}")
 
-    `split` is "train" or "val". Raises FileNotFoundError for a missing or empty class
-    folder, ValueError for an image that cannot be read or a single class.
-    """
-    paths, folders = list_images(Path(folder, split))
-    targets = torch.tensor([folders.index(path.parent.name) for path in paths])
-    stems = [path.name.startswith("ILSVRC2012_val_") for path in paths]
-    classes = tuple(CLASS_NAMES.get(name, name) for name in folders)
+    files = sorted(folder.glob("[!.]*/[!.]*"))
+    paths = [path for path in files if is_image_file(path.name)]
+    if len(paths) < len(files):
+        print(f"{folder}: {len(files) - len(paths)} files, no images, are left out")
+    targets = torch.tensor([names.index(path.parent.name) for path in paths])
+    for label, name in enumerate(names):
+        if label not in targets:
+            raise FileNotFoundError(f"{folder / name} holds no image")
 
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = pool.map(partial(read_image, size=size), paths)
-        bar = progress(decoded, total=len(paths), desc=f"decode {split}")
-        for index, image in enumerate(bar):
+        for index, image in enumerate(progress(decoded, split, len(paths))):
             images[index] = image
-    never_seen = torch.tensor(stems, device=DEVICE)
-    return Split(images.to(DEVICE), targets.to(DEVICE), classes, never_seen)
+    classes = tuple(CLASS_NAMES.get(name, name) for name in names)
+    is_new = torch.tensor([path.name.startswith("ILSVRC2012_val_") for path in paths])
+    return Split(images.to(DEVICE), targets.to(DEVICE), classes, is_new.to(DEVICE))
 
 
 # ── Batches: one augmented view per image and epoch ───────────────────────
@@ -373,10 +334,7 @@ STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 
 def draw_views(count: int, min_crop: float) -> Tensor:
     """Random crops and mirrorings for `augment`, [count, 2, 3] float32, on the CPU.
-
-    A crop holds `min_crop` to 100 % of the area, with sides like 3:4 to 4:3, as in
-    torchvision's RandomResizedCrop (but too long a side is cut, not drawn again).
-    """
+    As torchvision's RandomResizedCrop, but too long a side is cut, not drawn again."""
     area = torch.empty(count).uniform_(min_crop, 1)
     aspect = torch.exp(torch.empty(count).uniform_(-1, 1) * math.log(4 / 3))
     width = (area * aspect).sqrt().clamp(max=1)
@@ -392,9 +350,9 @@ def draw_views(count: int, min_crop: float) -> Tensor:
 
 def augment(images: Tensor, views: Tensor) -> Tensor:
     """Crops, scales back, mirrors images [B, 3, S, S] by `views`; float32, 0 … 255."""
+    images = images.float()
     grid = F.affine_grid(views, list(images.shape), align_corners=False)
-    border = {"padding_mode": "border", "align_corners": False}
-    return F.grid_sample(images.float(), grid, **border)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -407,10 +365,7 @@ def normalise(images: Tensor) -> Tensor:
 
 def augmented_batches(split: Split, settings: Settings, epoch: int):
     """Yields an epoch's (images [B, 3, S, S] float32 normalised, targets [B]).
-
-    Chance follows from (stream_seed, epoch), so all experiments share one stream. It is
-    sent to the device before the first batch. The last, incomplete batch is dropped.
-    """
+    Chance follows from (stream_seed, epoch). A last, incomplete batch is dropped."""
     with seeded(settings.stream_seed, epoch):
         order = torch.randperm(len(split)).to(DEVICE)
         views = draw_views(len(split), settings.min_crop).to(DEVICE)
@@ -453,11 +408,8 @@ class CustomCNN(nn.Sequential):
 
 
 class LeNet5(nn.Sequential):
-    """LeNet-5 (LeCun et al., 1998, section II.B), for S ≥ 32; 62 k parameters.
-
-    Adaptive max pooling gives the paper's maps at any image size. Other differences:
-    three input channels, ReLU, C3 sees all six maps, a linear output.
-    """
+    """LeNet-5 (LeCun et al., 1998), for S ≥ 32; 62 k parameters. Pooling gives the
+    paper's maps at any size; 3 input channels, ReLU and full C3 are not the paper's."""
 
     def __init__(self, num_classes: int = 10):
         super().__init__(
@@ -481,9 +433,7 @@ STUDENTS = {"Custom CNN": CustomCNN, "LeNet-5": LeNet5}
 
 def build_teacher(num_classes: int, weights: str | None = "IMAGENET1K_V1") -> nn.Module:
     """torchvision's ResNet-50 (He et al., 2016) with a new last layer.
-
-    `weights` as in `Settings`. Raises ValueError if they cannot be had or do not fit.
-    """
+    `weights` as in `Settings`; ValueError if they cannot be had or do not fit."""
     network = resnet50()
     if weights:
         path = Path(weights)
@@ -492,42 +442,31 @@ def build_teacher(num_classes: int, weights: str | None = "IMAGENET1K_V1") -> nn
                 url = ResNet50_Weights[weights].url
                 path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
                 torch.hub.load_state_dict_from_url(url, progress=False)  # to that path
-            network.load_state_dict(read_weights(path))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state.get("model", state))
+            if "conv1.weight" not in state:
+                raise ValueError(f"it holds {list(state)[:8]}.")
+            # Too large a number is inf in a float16 file; the largest is a better start
+            state = {name: value.nan_to_num(math.nan) for name, value in state.items()}
+            network.load_state_dict(state)
         except Exception as error:  # networks and files fail in many ways
-            raise ValueError(
-                f"cannot use the teacher's weights {weights}: {error} If {path} is "
-                "cut, delete it. Offline, set KD_TEACHER_WEIGHTS to the path of a file."
-            ) from error
+            advice = f"If {path} is cut, delete it. Offline, set KD_TEACHER_WEIGHTS."
+            raise ValueError(f"no teacher from {weights}: {error} {advice}") from error
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         network.origin = f"{Path(weights).name}, SHA-256 {digest}"
     network.fc = nn.Linear(network.fc.in_features, num_classes)
     return network
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, or in a checkpoint that holds it under a usual name."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        content = content.get(key, content)
-    state = {name.removeprefix("module."): value for name, value in content.items()}
-    if "conv1.weight" not in state:
-        raise ValueError(f"it holds {', '.join(list(state)[:8])}.")
-    # A number too large for float16 is inf there; its largest is a better start.
-    return {name: value.nan_to_num(math.nan) for name, value in state.items()}
-
-
 # ── Loss ──────────────────────────────────────────────────────────────────
 def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha):
     """alpha · T² · KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − alpha) · CE
 
-    (Hinton, Vinyals & Dean, 2015, section 2.) Logits [B, C] of any float type and
-    targets [B] int64 give a float32 scalar. `alpha` weighs the *distillation* term;
-    some libraries mean the other. CE is the student's cross-entropy with the targets.
-    Raises ValueError for T ≤ 0, alpha outside [0, 1] and shapes that do not fit.
-    """
+    (Hinton, Vinyals & Dean, 2015, section 2.) Logits [B, C], targets [B] int64; float32
+    scalar. Some libraries call the *other* weight alpha. ValueError for what is no T,
+    alpha or shape."""
     if not (temperature > 0 and 0 <= alpha <= 1):
-        given = f"got {temperature} and {alpha}"
-        raise ValueError(f"need temperature > 0 and 0 ≤ alpha ≤ 1, {given}")
+        raise ValueError(f"need T > 0 and 0 ≤ alpha ≤ 1, got {temperature} and {alpha}")
     tensors = (student_logits, teacher_logits, targets)
     shapes = [list(getattr(tensor, "shape", [])) for tensor in tensors]
     if len(shapes[0]) != 2 or shapes[1:] != [shapes[0], shapes[0][:1]]:
@@ -544,37 +483,35 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 
 # ── Training: a stage, its students, its checkpoint ───────────────────────
 class Student:
-    """A network that learns, with its loss, optimiser, schedule and history.
-
-    `loss` is called with (student_logits [B, C], teacher_logits [B, C] or None,
-    targets [B]). Its stage opens it for an epoch, and `end_epoch` closes it.
-    """
+    """A network that learns. Its stage opens it for an epoch, `end_epoch` closes it."""
 
     def __init__(self, network, name, arm, seed, loss, settings, total_steps):
         self.network = network.to(DEVICE, memory_format=torch.channels_last)
         self.name, self.arm, self.seed = name, arm, seed
-        self.loss = loss
-        weights, decay = network.parameters(), settings.weight_decay
-        self.optimizer = torch.optim.AdamW(weights, weight_decay=decay, fused=True)
+        self.loss = loss  # of (student_logits, teacher_logits or None, targets)
+        decay, peak = settings.weight_decay, settings.learning_rate
+        optimizer = AdamW(network.parameters(), weight_decay=decay, fused=True)
+        self.optimizer = optimizer
         # One cycle (Smith & Topin, 2018): up in 30 % of the steps, then down to 0
-        peak, cycle = settings.learning_rate, {"cycle_momentum": False}
-        self.schedule = OneCycleLR(self.optimizer, peak, total_steps, **cycle)
+        self.schedule = OneCycleLR(optimizer, peak, total_steps, cycle_momentum=False)
         fp16 = choose_precision() is torch.float16  # its small gradients would become 0
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=fp16)
 
-        self.steps, self.is_open = 0, False
+        self.steps = 0
+        self.is_open = False
         self.losses = []  # of this epoch's steps
         self.logits = None  # [N, C] for `val` at the end of an epoch, on the CPU
-        self.history = {"loss": [], "train_accuracy": [], "val_accuracy": []}
+        self.history = {
+            "loss": [],
+            "train_accuracy": [],
+            "val_accuracy": [],
+        }
 
     def __str__(self) -> str:
         return f"{self.name}, {self.arm}, seed {self.seed}"
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] ─► logits [B, C], in training mode; dropout by (seed, step).
-
-        Raises RuntimeError outside of training, ValueError if these are no logits.
-        """
+        """[B, 3, S, S] ─► logits [B, C], in training mode; dropout by (seed, step)."""
         if not self.is_open:
             raise RuntimeError(f"{self} is not in training; for answers: kd.predict")
         self.network.train()
@@ -595,15 +532,7 @@ class Student:
         self.scaler.update()
         self.schedule.step()  # the learning rate of the next step
         self.steps += 1
-        self.losses.append(
-            loss.detach()
-        )  # on the device: reading it would mean waiting
-
-    def is_finite(self) -> bool:
-        """False if a weight is not finite, or no loss of this epoch is."""
-        checks = [weight.isfinite().all() for weight in self.network.parameters()]
-        checks.append(torch.stack(self.losses).isfinite().any())
-        return torch.stack(checks).all().item()
+        self.losses.append(loss.detach())  # on the device: to read it is to wait
 
     def end_epoch(self, sample: Split, val: Split) -> None:
         """Notes the loss and the accuracies on a sample of `train` and on `val`."""
@@ -639,54 +568,10 @@ class Student:
         self.steps = self.schedule.last_epoch
 
 
-def describe_network(network: nn.Module) -> dict:
-    """Its first weights, its layers, and the source of those not PyTorch's own."""
-    kinds = {type(module) for module in network.modules()}
-    own = [kind for kind in kinds if not kind.__module__.startswith("torch")]
-    return {
-        "initial weights": getattr(network, "origin", "random"),
-        "layers": str(network),
-        "source": sorted(source_of(kind) for kind in own),
-    }
-
-
-def describe_loss(loss) -> dict:
-    """The numbers of a loss, in a `partial` or in variables it uses, and its source."""
-    numbers = {}
-    while isinstance(loss, partial):
-        numbers = {**loss.keywords, **numbers}
-        loss = loss.func
-    if inspect.isfunction(loss):
-        used = inspect.getclosurevars(loss)
-        numbers = {**used.globals, **used.nonlocals, **numbers}
-    simple = bool | int | float | str
-    found = {
-        name: value for name, value in numbers.items() if isinstance(value, simple)
-    }
-    return {**found, "source": source_of(loss)}
-
-
-def source_of(thing) -> str:
-    """The source of a function, or of the functions of a class or an object's class."""
-    if not inspect.isfunction(thing):
-        members = vars(thing if isinstance(thing, type) else type(thing)).values()
-        return "\n".join(
-            source_of(each) for each in members if inspect.isfunction(each)
-        )
-    try:
-        return inspect.getsource(thing)
-    except OSError:  # typed at a prompt: its byte code, then
-        return f"{thing.__code__.co_code.hex()} {thing.__code__.co_consts}"
-
-
 class Stage:
-    """Students that learn together, with all that this takes.
-
-    One student is made for each arm of `losses` {arm: loss}, network of `networks`
-    {name: build(num_classes)} and seed, which fixes its initial weights. `splits` are
-    (train, val). The checkpoint is `<runs_dir>/<name>.pt`. Raises ValueError for a
-    teacher that could change, and for classes that do not match.
-    """
+    """Students that learn together: one per arm, network and seed. `losses` is {arm:
+    loss}, `networks` {name: build(num_classes)}, `splits` (train, val). The checkpoint
+    is `<runs_dir>/<name>.pt`. ValueError for a teacher or classes that do not suit."""
 
     def __init__(self, name, losses, settings, splits, networks=STUDENTS, teacher=None):
         self.name, self.settings, self.teacher = name, settings, teacher
@@ -695,27 +580,23 @@ class Stage:
         self.steps = max(1, len(self.train) // settings.batch_size)  # an epoch
         self.seconds = []  # since the start, at the end of each epoch
         self.students = []
-        self.check_teacher_and_classes()
 
-        for arm, kind, seed in product(losses, networks, settings.seeds):
-            with seeded(seed):
-                network = networks[kind](len(self.train.classes))
-            network.trained_on = self.train.classes
-            total = settings.epochs * self.steps
-            student = Student(network, kind, arm, seed, losses[arm], settings, total)
-            self.students.append(student)
-        self.record = self.describe()
-
-    def check_teacher_and_classes(self) -> None:
-        teacher, classes = self.teacher, self.train.classes
+        classes = self.train.classes
+        taught = getattr(teacher, "trained_on", classes)
+        if not classes == self.val.classes == taught:
+            raise ValueError(f"classes differ: {classes}, {self.val.classes}, {taught}")
         weights = list(teacher.parameters()) if teacher else []
         if teacher and (teacher.training or any(w.requires_grad for w in weights)):
             raise ValueError("freeze the teacher first: .eval().requires_grad_(False)")
-        taught = getattr(teacher, "trained_on", classes)
-        for who, known in (("val", self.val.classes), ("the teacher", taught)):
-            # The same classes in another order would train on garbage.
-            if tuple(known) != tuple(classes):
-                raise ValueError(f"{who} has classes {known}, but train has {classes}")
+
+        total = settings.epochs * self.steps
+        for arm, kind, seed in product(losses, networks, settings.seeds):
+            with seeded(seed):  # same seed, same initial weights
+                network = networks[kind](len(classes))
+            network.trained_on = classes
+            student = Student(network, kind, arm, seed, losses[arm], settings, total)
+            self.students.append(student)
+        self.record = self.describe()
 
     def describe(self) -> dict:
         """All that shapes the result. A file is used only if this is unchanged."""
@@ -740,18 +621,14 @@ class Stage:
         }
 
     def epochs_left(self):
-        """Yields the epochs to train, after what an earlier run left is loaded.
-
-        After each it scores the students, prints a line and, every few minutes, saves.
-        Raises OSError for a folder that cannot be written, FloatingPointError for
-        numbers that are not finite.
-        """
+        """Yields the epochs to train, from where an earlier run stopped. After each it
+        scores the students, prints a line and, every few minutes, saves."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.path.parent).close()  # can it be written?
         self.restore()
         sample = self.train.subset(torch.arange(0, len(self.train), 10, device=DEVICE))
-        start = time.monotonic() - (self.seconds[-1] if self.seconds else 0)
         saved = time.monotonic()
+        start = saved - (self.seconds[-1] if self.seconds else 0)
 
         for epoch in range(len(self.seconds), self.settings.epochs):
             for student in self.students:
@@ -772,28 +649,32 @@ class Stage:
         """The epoch's `augmented_batches`, with a progress bar."""
         batches = augmented_batches(self.train, self.settings, epoch)
         name = f"{self.name}, epoch {epoch + 1} of {self.settings.epochs}"
-        return progress(batches, total=self.steps, desc=name)
+        return progress(batches, name, self.steps)
 
     def check_finite(self, sample: Split) -> None:
-        broken = [str(student) for student in self.students if not student.is_finite()]
-        if broken:
-            problem = f"{broken[0]} is not finite: lower the learning rate"
+        for student in self.students:
+            weights = student.network.parameters()
+            is_finite = all(weight.isfinite().all() for weight in weights)
+            if is_finite and any(loss.isfinite() for loss in student.losses):
+                continue
+            problem = f"{student} is not finite: lower the learning rate"
             if self.teacher and not predict(self.teacher, sample).isfinite().all():
                 problem = "the teacher's logits are not finite: look at its weights"
             raise FloatingPointError(f"{self.name}: {problem}, then run the cell again")
 
     def log_line(self, epoch: int) -> str:
-        """Minutes and validation accuracy in % by network and arm, means over seeds."""
+        """Minutes, and mean validation accuracy in % by network and arm."""
         values = {}
         for student in self.students:
             accuracy = 100 * student.history["val_accuracy"][epoch]
             values.setdefault(f"{student.name} {student.arm}", []).append(accuracy)
         means = [f"{key} {np.mean(found):.1f}" for key, found in values.items()]
+        whole = [mean.replace(" ", "\N{NO-BREAK SPACE}") for mean in means]
         start = f"epoch {epoch + 1:2} | {self.seconds[epoch] / 60:5.1f} min | "
-        return textwrap.fill(start + ", ".join(means), 100, subsequent_indent=" " * 23)
+        return textwrap.fill(start + ", ".join(whole), 100, subsequent_indent=" " * 23)
 
     def save(self) -> None:
-        """Writes aside, flushes to the disk and renames: the file is always whole."""
+        """Writes aside and renames: the file is always whole."""
         device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
         checkpoint = {
             "record": self.record,
@@ -802,10 +683,7 @@ class Stage:
             "students": [student.state_dict() for student in self.students],
         }
         aside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        with open(aside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(checkpoint, aside)
         rename(aside, self.path)
 
     def restore(self) -> None:
@@ -818,10 +696,54 @@ class Stage:
             for student, state in zip(self.students, saved["students"], strict=True):
                 student.load_state_dict(state)
             self.seconds = saved["seconds"]
-            lines = [self.log_line(epoch) for epoch in range(len(self.seconds))]
-            print(f"From {self.path}:", *lines, sep="\n")
-        if any(student.steps for student in self.students) and not self.seconds:
-            raise RuntimeError(f"{self.name} was left within an epoch: make it anew")
+            print(f"From {self.path}:")
+            for epoch in range(len(self.seconds)):
+                print(self.log_line(epoch))
+        elif any(student.steps for student in self.students):
+            raise RuntimeError(
+                f"{self.name} was left before it was saved: make it anew"
+            )
+
+
+def describe_network(network: nn.Module) -> dict:
+    kinds = {type(module) for module in network.modules()}
+    return {
+        "initial weights": getattr(network, "origin", "random"),
+        "layers": str(network),
+        "source": sorted({source_of(kind) for kind in kinds}),
+    }
+
+
+def describe_loss(loss) -> dict:
+    """The numbers that a loss is given or uses from around it, and its source."""
+    parameters = inspect.signature(loss).parameters.items()
+    values = {name: parameter.default for name, parameter in parameters}
+    function = getattr(loss, "func", loss)  # of a `partial`
+    if inspect.isfunction(function):
+        used = inspect.getclosurevars(function)
+        values = {**used.globals, **used.nonlocals, **values}
+    numbers = {}
+    for name, value in values.items():
+        if isinstance(value, bool | int | float | str):
+            numbers[name] = value
+    return {**numbers, "source": source_of(function)}
+
+
+def source_of(thing) -> str:
+    """The source of a function, or of the methods of a class that are not PyTorch's."""
+    functions = [thing]
+    if not inspect.isfunction(thing):
+        kind = thing if inspect.isclass(thing) else type(thing)
+        functions = dict(inspect.getmembers(kind, inspect.isfunction)).values()
+    source = ""
+    for function in functions:
+        code = function.__code__
+        if not str(function.__module__).startswith("torch"):
+            try:
+                source += inspect.getsource(function)
+            except OSError:  # typed at a prompt
+                source += f"{code.co_code.hex()} {code.co_names} {code.co_consts}"
+    return source
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -833,8 +755,8 @@ def differences(old: dict, new: dict) -> list[str]:
             found += [f"{key}, {inner}" for inner in differences(before, after)]
         elif before != after:
             is_short = len(f"{before}{after}") < 60
-            told = f"was {before} and is {after}" if is_short else "has changed"
-            found.append(f"{key} {told}")
+            change = f"was {before} and is {after}" if is_short else "has changed"
+            found.append(f"{key} {change}")
     return found
 
 
@@ -842,28 +764,27 @@ def read_checkpoint(path: Path) -> dict | None:
     """A stage's file, on the CPU; None if there is none. A damaged one is set aside."""
     if not path.exists():
         return None
+    keys = ("record", "machine", "seconds", "students")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved.keys() >= {"record", "machine", "seconds", "students"}:
-            return saved
-        problem = "it holds something else"
+        return {key: saved[key] for key in keys}
     except Exception as error:  # a damaged or foreign file fails in many ways
-        problem = type(error).__name__
-    set_aside(path, f"is no readable checkpoint ({problem})")
-    return None
+        set_aside(path, f"is no readable checkpoint ({type(error).__name__})")
+        return None
 
 
 def set_aside(path: Path, why: str) -> None:
     """Renames what cannot be used, and says so: nothing is deleted or overwritten."""
-    names = (path.with_name(f"{path.name}.{number}") for number in count(1))
-    new = next(name for name in names if not name.exists())
+    number = 1
+    while path.with_name(f"{path.name}.{number}").exists():
+        number += 1
     if path.exists():
-        rename(path, new)
-        print(f"{path} {why}. It is now called {new.name}, and a new one is made.")
+        rename(path, path.with_name(f"{path.name}.{number}"))
+        print(f"{path} {why}. It is now {path.name}.{number}, and a new one is made.")
 
 
 def rename(path: Path, new: Path) -> None:
-    """Renames, and tries again a few times: Google Drive and Windows may be busy."""
+    """Renames, again and again if Google Drive or Windows is busy."""
     for wait in (0.1, 0.4, 1.6):
         try:
             path.replace(new)
@@ -895,11 +816,8 @@ T_TENS = (2.228, 2.086, 2.042, 2.021, 2.009, 2.000, 1.994, 1.990, 1.987, 1.984)
 
 def interval(gains) -> tuple[float, float, float]:
     """Mean of paired gains [seeds, images] and its 95 % interval: (mean, low, high).
-
-    It covers the luck of seeds and of images: the variances add up, with the degrees of
-    freedom of Welch (1947) and Satterthwaite, rounded down. Its ends are nan for fewer
-    than two seeds or images.
-    """
+    It covers the luck of seeds and of images, whose variances add up (degrees of
+    freedom: Welch–Satterthwaite). nan for fewer than two seeds or images."""
     gains = np.asarray(gains, dtype=float)
     seeds, images = gains.shape
     mean = float(gains.mean()) if gains.size else math.nan
@@ -928,12 +846,9 @@ def verdict(gains) -> str:
 
 # ── Results: what the finished stages left in `runs_dir` ──────────────────
 class Results:
-    """All finished stages that were scored on `val`, on the CPU.
-
-    `students` is {(network, arm): {seed: what its checkpoint holds}}, `teacher` the
-    teacher's logits [N, C] or None, `stages` the files by name, `missing` the
-    experiments that were not run. Raises ValueError if they do not belong together.
-    """
+    """All finished stages that were scored on `val`, on the CPU: `stages` are the files
+    by name, `students` {(network, arm): {seed: what a file holds}}, `teacher` its
+    logits or None. ValueError if they do not belong together."""
 
     EXPERIMENTS = ("Experiment 1", "Experiment 2")
 
@@ -941,16 +856,16 @@ class Results:
         self.targets = val.targets.cpu()  # [N]
         self.never_seen = val.never_seen.cpu().numpy()  # [N] bool
         self.students, self.teacher, self.stages = {}, None, {}
-        others = sorted(path.stem for path in settings.runs_dir.glob("*.pt"))
-        for name in dict.fromkeys([*self.EXPERIMENTS, *others]):
-            saved = read_checkpoint(settings.runs_dir / f"{name}.pt")
+        content = val.fingerprint()
+        for path in sorted(settings.runs_dir.glob("*.pt")):
+            saved = read_checkpoint(path)
             if saved and len(saved["seconds"]) == saved["record"]["epochs"]:
-                self.add(name, saved, val.fingerprint())
+                self.add(path.stem, saved, saved["record"]["content of val"] == content)
         self.missing = [name for name in self.EXPERIMENTS if name not in self.stages]
         self.check()
 
-    def add(self, name: str, saved: dict, content: str) -> None:
-        if saved["record"]["content of val"] != content:
+    def add(self, name: str, saved: dict, is_comparable: bool) -> None:
+        if not is_comparable:
             if name in (*self.EXPERIMENTS, "teacher"):
                 raise ValueError(f"{name} was scored on other images: run it again")
             return  # it helped to choose settings, on a part of `train`
@@ -965,10 +880,9 @@ class Results:
     def check(self) -> None:
         """Refuses experiments that differ in more than losses and teacher."""
         if not self.missing:
-            records = [dict(self.stages[name]["record"]) for name in self.EXPERIMENTS]
-            for record in records:
-                del record["losses"], record["teacher"]
-            changes = differences(*records)
+            first, second = (self.stages[name]["record"] for name in self.EXPERIMENTS)
+            changes = differences(first, second)
+            changes = [c for c in changes if not c.startswith(("losses", "teacher "))]
             if changes:
                 raise ValueError(f"Experiments 1 and 2 differ: {'; '.join(changes)}")
         if "teacher" in self.stages and "Experiment 2" in self.stages:
@@ -981,9 +895,7 @@ class Results:
         seeds = self.students[network, arm].items()
         return {s: metric(one["logits"], self.targets).numpy() for s, one in seeds}
 
-    def gains(
-        self, network, arm="distilled", other="alone", metric=right
-    ) -> np.ndarray:
+    def gains(self, network, arm="distilled", other="alone", metric=right):
         """[seeds, …]: `arm` − `other`, paired by seed; with `right`, [seeds, N]."""
         first = self.values(network, arm, metric)
         second = self.values(network, other, metric)

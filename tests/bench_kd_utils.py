@@ -1,8 +1,8 @@
 """How fast kd_utils is, next to what a tutorial would write:
     python tests/bench_kd_utils.py [size [images [batch size [repeats]]]]
 
-Both sides of a comparison run in turn; medians of the repeats, with their range. The images are
-Imagewoof's where KD_DATA_DIR (default: data) holds it, and the drawn ones otherwise.
+Both sides of a comparison run in turn; medians of the repeats, with their range. The
+images are Imagewoof's where KD_DATA_DIR (default: data) holds it, else the drawn ones.
 """
 
 import io
@@ -35,7 +35,11 @@ def label_loss(student_logits, teacher_logits, targets):
 
 
 distilled = partial(kd.distillation_loss, temperature=2.0, alpha=0.5)
-LOSSES = {"alone": label_loss, "class mean": distilled, "distilled": distilled}  # alike in cost
+LOSSES = {
+    "alone": label_loss,
+    "class mean": distilled,
+    "distilled": distilled,
+}  # alike in cost
 
 
 def seconds(work):
@@ -65,41 +69,70 @@ class Bench:
         whole = kd.load_split(self.folder, "train", size)
         self.chosen = torch.linspace(0, len(whole) - 1, min(images, len(whole))).long()
         self.split = whole.subset(self.chosen.to(kd.DEVICE))
-        self.settings = replace(kd.choose_settings("imagewoof2-160", "demo"), image_size=size,
-                                batch_size=batch_size, seeds=(0, 1, 2))  # fmt: skip
+        self.settings = replace(
+            kd.choose_settings("imagewoof2-160", "demo"),
+            image_size=size,
+            batch_size=batch_size,
+            seeds=(0, 1, 2),
+        )
         self.teacher = kd.build_teacher(10, None).eval().requires_grad_(False)
         self.teacher.to(kd.DEVICE, memory_format=torch.channels_last)
-        print(f"{name}, {len(self.split)} images of {size} px, batches of {batch_size}, "
-              f"{kd.DEVICE}, {kd.choose_precision()}, medians [range] of {repeats}\n")
+        print(
+            f"{name}, {len(self.split)} images of {size} px, batches of {batch_size}, "
+            f"{kd.DEVICE}, {kd.choose_precision()}, medians [range] of {repeats}\n"
+        )
         print("| what | measured |\n|---|--:|")
 
     def loader(self):
         size = self.settings.image_size
-        transform = v2.Compose([
-            v2.RandomResizedCrop(size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip(),
-            v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])  # fmt: skip
-        images = Subset(ImageFolder(self.folder / "train", transform), self.chosen.tolist())
-        return DataLoader(images, self.settings.batch_size, shuffle=True, num_workers=2, drop_last=True)
+        transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale=(0.35, 1.0)),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+        images = Subset(
+            ImageFolder(self.folder / "train", transform), self.chosen.tolist()
+        )
+        return DataLoader(
+            images,
+            self.settings.batch_size,
+            shuffle=True,
+            num_workers=2,
+            drop_last=True,
+        )
 
     def input_path(self):
         loader = self.loader()
-        times = alternate(self.repeats, lambda: [None for _ in loader],
-                          lambda: [None for _ in kd.augmented_batches(self.split, self.settings, 0)])
-        show("1 input path: ImageFolder with DataLoader ÷ ours", times[0] / times[1], ".1f")
+        times = alternate(
+            self.repeats,
+            lambda: [None for _ in loader],
+            lambda: [None for _ in kd.augmented_batches(self.split, self.settings, 0)],
+        )
+        show(
+            "1 input path: ImageFolder with DataLoader ÷ ours",
+            times[0] / times[1],
+            ".1f",
+        )
 
-    def ours(self, count=None, split=None, networks=None, losses=LOSSES):
-        students = kd.make_students(losses, self.settings, 10, networks)[:count]
+    def ours(self, count=None, split=None, networks=kd.STUDENTS, losses=LOSSES):
         split = split or self.split
+        few = split.subset(torch.arange(8, device=kd.DEVICE))  # scoring is not compared
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-            settings = replace(self.settings, runs_dir=Path(folder))
-            few = split.subset(torch.arange(8, device=kd.DEVICE))  # validation is not compared
-            batches = kd.training_batches(students, split, few, settings, "b", 1, self.teacher)
-            for images, targets in batches:
-                with torch.no_grad(), kd.mixed_precision():
-                    teacher_logits = self.teacher(images)
-                for student in students:
-                    student.step(student.loss(student(images), teacher_logits, targets))
+            settings = replace(self.settings, runs_dir=Path(folder), epochs=1)
+            teacher, pair = self.teacher, (split, few)
+            stage = kd.Stage("b", losses, settings, pair, networks, teacher)
+            del stage.students[count:]
+            for epoch in stage.epochs_left():
+                for images, targets in stage.batches(epoch):
+                    with torch.no_grad(), kd.mixed_precision():
+                        teacher_logits = teacher(images)
+                    for student in stage.students:
+                        logits = student.forward(images)
+                        student.step(student.loss(logits, teacher_logits, targets))
 
     def tutorial(self):
         for arm, build, _ in product(LOSSES, kd.STUDENTS.values(), self.settings.seeds):
@@ -116,32 +149,45 @@ class Bench:
 
     def study(self):
         times = alternate(self.repeats, self.tutorial, self.ours)
-        show("2 a study, 18 students, one epoch: a loop per student ÷ ours", times[0] / times[1])
+        show(
+            "2 a study, 18 students, one epoch: a loop per student ÷ ours",
+            times[0] / times[1],
+        )
 
     def arithmetic(self):
         square = torch.randn(2048, 2048, device=kd.DEVICE, dtype=kd.choose_precision())
         images, targets = next(kd.augmented_batches(self.split, self.settings, 0))
         arm, networks = {"alone": label_loss}, {"CNN": kd.CustomCNN}
-        [student] = kd.make_students(arm, self.settings, 10, networks, [0])
-        student.plan(10**6)
+        settings = replace(self.settings, seeds=(0,), epochs=10**5)
+        pair = (self.split, self.split)
+        [student] = kd.Stage("a", arm, settings, pair, networks).students
+        student.is_open = True
         few = self.split.subset(torch.arange(len(images), device=kd.DEVICE))
         works, flops = {"teacher inference": lambda: kd.predict(self.teacher, few)}, {}
-        works["CNN training"] = lambda: student.step(label_loss(student(images), None, targets))
+        works["CNN training"] = lambda: student.step(
+            label_loss(student.forward(images), None, targets)
+        )
         for name, work in works.items():
             with FlopCounterMode(display=False) as counter:
                 work()
             flops[name] = counter.get_total_flops()
         times = alternate(5 * self.repeats, lambda: square @ square, *works.values())
-        for name, took in zip(works, times[1:]):
+        for name, took in zip(works, times[1:], strict=True):
             shares = 100 * (flops[name] / took) / (2 * 2048**3 / times[0])
             show(f"3 {name}: % of a large matrix product's rate", shares, ".0f")
 
     def growth(self):
-        cnn, alone = {"CNN": kd.CustomCNN}, {"alone": label_loss, "b": label_loss, "c": label_loss}
+        cnn = {"CNN": kd.CustomCNN}
+        alone = {"alone": label_loss, "b": label_loss, "c": label_loss}
         for part, count in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1)):
-            split = self.split.subset(torch.arange(0, len(self.split), part, device=kd.DEVICE))
-            took = alternate(self.repeats, lambda: self.ours(count, split, cnn, alone))[0]
-            show(f"4 teacher and {count} CNN, {len(split)} images: ms an image", 1000 * took / len(split))
+            every = torch.arange(0, len(self.split), part, device=kd.DEVICE)
+            split = self.split.subset(every)
+            work = partial(self.ours, count, split, cnn, alone)
+            milliseconds = 1000 * alternate(self.repeats, work)[0] / len(split)
+            show(
+                f"4 teacher, {count} CNN, {len(split)} images: ms an image",
+                milliseconds,
+            )
 
 
 if __name__ == "__main__":

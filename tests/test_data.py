@@ -1,4 +1,4 @@
-"""The way from an archive to augmented batches, and what happens when the archive is bad."""
+"""The way from an archive, or a folder of one's own, to augmented batches."""
 
 import hashlib
 import http.server
@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_split
 from PIL import Image
-from torchvision.transforms.functional import resize
+from torchvision.transforms import functional as tv
 
 import kd_utils as kd
 
@@ -30,27 +30,34 @@ def archive_of(members):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, content in members.items():
-            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            body = b"" if content is info else content
+            is_info = isinstance(content, tarfile.TarInfo)
+            info = content if is_info else tarfile.TarInfo(name)
+            body = b"" if is_info else content
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
     return buffer.getvalue()
 
 
-IMAGES = {f"tiny/{split}/{name}/x.JPEG": photograph() for split in ("train", "val") for name in "ab"}
+# ── Archives ──────────────────────────────────────────────────────────────
+PLACES = ("train/a", "train/b", "val/a", "val/b")
+IMAGES = {f"tiny/{place}/x.JPEG": photograph() for place in PLACES}
 GOOD = archive_of(IMAGES)
+MD5 = hashlib.md5(GOOD).hexdigest()
+SILENCE = object()
 
 
 @contextmanager
 def serving(*answers):
-    """A loopback server that gives these bodies in turn, the last one for ever; yields its address."""
-    asked = []
+    """A loopback server that gives these bodies in turn, the last one for ever."""
+    asked, done = [], threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             body = answers[min(len(asked), len(answers) - 1)]
-            if "Method" not in self.headers:  # torchvision first asks where the address leads
-                asked.append(self.path)
+            asked.append(self.path)
+            if body is SILENCE:
+                done.wait(30)
+                return
             self.send_response(200 if body else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -60,66 +67,70 @@ def serving(*answers):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
     finally:
+        done.set()
         server.shutdown()
         server.server_close()
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    md5 = hashlib.md5(GOOD).hexdigest()
-    monkeypatch.setitem(kd.DATASETS, "tiny", (md5, {"train": 2, "val": 2}, "ant, bee"))
+def known(monkeypatch):
+    monkeypatch.setitem(kd.DATASETS, "tiny", (MD5, (2, 2)))
 
 
 def test_archive_is_downloaded_once(tmp_path):
     with serving(GOOD) as (url, asked):
         folder = kd.download_dataset("tiny", tmp_path, url)
         assert kd.download_dataset("tiny", tmp_path, url) == folder == tmp_path / "tiny"
-    assert asked == ["/tiny.tgz"] and [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert asked == ["/tiny.tgz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-@pytest.mark.parametrize("bad", [GOOD[:-20], GOOD[:99] + b"?" + GOOD[100:]], ids=["cut", "changed"])
+@pytest.mark.parametrize("bad", [GOOD[:-20], GOOD[:99] + b"?" + GOOD[100:]])
 def test_bad_archive_is_fetched_again(tmp_path, bad):
-    with serving(bad, GOOD) as (url, asked):
+    with serving(bad, bad, GOOD) as (url, asked):
         assert kd.download_dataset("tiny", tmp_path, url).is_dir()
-    assert len(asked) == 2
+    assert len(asked) == 3
 
 
-def test_archive_that_stays_bad_is_refused_with_both_checksums(tmp_path):
-    with serving(GOOD[:-20]) as (url, _), pytest.raises(ConnectionError) as error:
+@pytest.mark.parametrize("answer", [GOOD[:-20], b"", SILENCE], ids=["cut", "404", "–"])
+def test_archive_that_cannot_be_had_is_given_up(tmp_path, monkeypatch, answer):
+    monkeypatch.setattr(kd, "DOWNLOAD_SECONDS", 0.2)
+    (tmp_path / "tiny/train/a").mkdir(parents=True)
+    (tmp_path / "tiny/train/a/x.JPEG").write_bytes(photograph())
+    with serving(answer) as (url, asked), pytest.raises(ConnectionError) as error:
         kd.download_dataset("tiny", tmp_path, url)
-    for md5 in (hashlib.md5(GOOD).hexdigest(), hashlib.md5(GOOD[:-20]).hexdigest()):
-        assert md5 in str(error.value)
-    assert not list(tmp_path.iterdir())
+    reason = {GOOD[:-20]: "MD5", b"": "404"}.get(answer, "timed out")
+    for told in (str(tmp_path / "tiny"), "(1, 0)", "(2, 2)", url, reason):
+        assert told in str(error.value)
+    assert len(asked) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_missing_archive_and_unknown_dataset_are_refused(tmp_path):
-    with serving(b"") as (url, _), pytest.raises(ConnectionError, match="404.*got nothing"):
-        kd.download_dataset("tiny", tmp_path, url)
-    with pytest.raises(ValueError, match="'imagewolf'.*imagewoof2-160"):
-        kd.download_dataset("imagewolf")
-
-
-def link(name, target, kind):
-    info = tarfile.TarInfo(name)
+def link(kind, target=""):
+    info = tarfile.TarInfo("tiny/link")
     info.type, info.linkname = kind, target
     return info
 
 
-@pytest.mark.parametrize("name, member", [
-    ("../escaped", b"out"),
-    ("tiny/link", link("tiny/link", "../../outside", tarfile.SYMTYPE)),
-    ("tiny/hard", link("tiny/hard", "../outside", tarfile.LNKTYPE)),
-    ("tiny/device", link("tiny/device", "", tarfile.CHRTYPE)),
-    ("tiny/pipe", link("tiny/pipe", "", tarfile.FIFOTYPE)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, member",
+    [
+        ("../escaped", b"out"),
+        ("symbolic", link(tarfile.SYMTYPE, "../../outside")),
+        ("hard", link(tarfile.LNKTYPE, "../outside")),
+        ("device", link(tarfile.CHRTYPE)),
+        ("pipe", link(tarfile.FIFOTYPE)),
+    ],
+)
 def test_members_that_escape_are_refused(tmp_path, name, member):
     evil = archive_of({**IMAGES, name: member})
+    md5 = hashlib.md5(evil).hexdigest()
     with serving(evil) as (url, _), pytest.raises(tarfile.FilterError):
-        kd.download_dataset("tiny", tmp_path / "root", url, md5=hashlib.md5(evil).hexdigest())
+        kd.download_dataset("tiny", tmp_path / "root", url, md5=md5)
     assert [path.name for path in tmp_path.rglob("*")] == ["root"]
 
 
@@ -128,14 +139,17 @@ def test_half_unpacked_folder_is_set_aside_and_replaced(tmp_path, capsys):
         folder = kd.download_dataset("tiny", tmp_path, url)
         (folder / "val" / "b" / "x.JPEG").unlink()
         kd.download_dataset("tiny", tmp_path, url)
-    assert kd.count_images(folder) == {"train": 2, "val": 2}
-    assert "'val': 1} images instead of" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+    assert kd.count_images(folder) == (2, 2)
+    assert kd.count_images(tmp_path / "tiny.1") == (2, 1)
+    said = capsys.readouterr().out
+    assert str(folder) in said and "(2, 1)" in said and "(2, 2)" in said
 
 
 def test_archive_with_too_few_images_is_refused(tmp_path):
     small = archive_of(dict(list(IMAGES.items())[:3]))
-    with serving(small) as (url, _), pytest.raises(ValueError, match="instead of"):
-        kd.download_dataset("tiny", tmp_path, url, md5=hashlib.md5(small).hexdigest())
+    md5 = hashlib.md5(small).hexdigest()
+    with serving(small) as (url, _), pytest.raises(ValueError, match=r"\(2, 1\), exp"):
+        kd.download_dataset("tiny", tmp_path, url, md5=md5)
 
 
 def test_two_notebooks_may_draw_the_demo_at_once(tmp_path):
@@ -144,65 +158,158 @@ def test_two_notebooks_may_draw_the_demo_at_once(tmp_path):
     assert folders == [tmp_path / "demo"] * 2 and len(list(tmp_path.iterdir())) == 1
     val = kd.load_split(folders[0], "val", 32)
     assert val.images.shape == (100, 3, 32, 32) and val.images.dtype is torch.uint8
-    assert val.classes[5] == "hollow triangle" and val.targets.bincount().tolist() == [10] * 10
-    assert int(val.never_seen.sum()) == 40
+    assert (
+        val.classes[0] == "gold disc" and val.targets.bincount().tolist() == [10] * 10
+    )
+    assert val.never_seen.sum() == 40 and val.images.device.type == kd.DEVICE.type
 
 
-def test_images_of_all_modes_are_decoded_in_the_order_of_the_folders(tmp_path):
-    for name, mode in (("b", "L"), ("a", "CMYK")):
-        path = tmp_path / "tiny" / "train" / name / "ILSVRC2012_val_1.JPEG"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(photograph(mode))
-    found = kd.load_split(tmp_path / "tiny", "train", 16)
-    assert found.images.shape == (2, 3, 16, 16) and found.targets.tolist() == [0, 1]
-    assert found.classes == ["ant", "bee"] and found.never_seen.all()
+# ── A folder of one's own ─────────────────────────────────────────────────
+def own_folder(root, **classes):
+    """`root` with train and val, each with these classes of one image."""
+    for split in ("train", "val"):
+        for name, content in classes.items():
+            path = root / split / name / "one.jpg"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(content)
+    return root
 
 
-def test_bad_images_and_folders_are_named(tmp_path):
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="a"):
-        kd.load_split(tmp_path, "train", 16)
-    (tmp_path / "train" / "a" / "broken.JPEG").write_bytes(photograph()[:300])
-    with pytest.raises(ValueError, match="broken.JPEG"):
-        kd.load_split(tmp_path, "train", 16)
+def test_folder_of_ones_own_keeps_its_names_and_order(tmp_path):
+    names = {"tabby, tabby cat": photograph("L"), "n03888257": photograph("CMYK")}
+    folder = own_folder(tmp_path / "demo", n01440764=photograph(), **names)
+    (folder / "train/n03888257/ILSVRC2012_val_7.JPEG").write_bytes(photograph())
+    assert kd.download_dataset(str(folder)) == folder
+    found = kd.load_split(folder, "train", 16)
+    assert found.classes == ("tench", "parachute", "tabby, tabby cat")
+    assert found.targets.tolist() == [0, 1, 1, 2] and found.images.shape[1:] == (
+        3,
+        16,
+        16,
+    )
+    assert found.never_seen.tolist() == [False, True, False, False]
 
 
-def test_epoch_is_a_function_of_seed_and_epoch(settings, split):
-    def epoch(number, first=0):
-        return [images for images, _ in kd.augmented_batches(split, settings, number, first)]
+def test_what_is_hidden_or_unknown_is_left_out(tmp_path, capsys):
+    folder = own_folder(tmp_path / "pets", cat=photograph(), dog=photograph())
+    for hidden in (".ipynb_checkpoints/x.jpg", "cat/._one.jpg", "cat/.DS_Store"):
+        (folder / "train" / hidden).parent.mkdir(exist_ok=True)
+        (folder / "train" / hidden).write_bytes(b"nothing")
+    for unknown in ("cat/notes.txt", "dog/film.mp4"):
+        (folder / "train" / unknown).write_bytes(b"nothing")
+    found = kd.load_split(folder, "train", 16)
+    assert found.classes == ("cat", "dog") and len(found) == 2
+    assert f"{folder / 'train'}: 2 files" in capsys.readouterr().out
 
+
+def test_folders_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(ValueError, match="'imagewolf'.*imagewoof2-160"):
+        kd.download_dataset("imagewolf")
+    deep = own_folder(tmp_path / "deep", pets=photograph())
+    with pytest.raises(ValueError, match=r"two or more .*\['pets'\]"):
+        kd.load_split(deep, "train", 16)
+    (deep / "train" / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no image"):
+        kd.load_split(deep, "train", 16)
+    (deep / "train" / "empty" / "broken.jpg").write_bytes(photograph()[:300])
+    with pytest.raises(ValueError, match=r"cannot read the image .*broken\.jpg"):
+        kd.load_split(deep, "train", 16)
+
+
+def image_of(tmp_path, image, name="x.png", **options):
+    image.save(tmp_path / name, **options)
+    return kd.read_image(tmp_path / name, 32)
+
+
+def test_images_are_upright_and_cut_at_the_centre(tmp_path):
+    stripes = np.zeros((64, 128, 3), dtype=np.uint8)  # red, green in the centre, blue
+    stripes[:, :32, 0] = stripes[:, 32:96, 1] = stripes[:, 96:, 2] = 255
+    found = image_of(tmp_path, Image.fromarray(stripes))
+    assert found[:, :, 3:-3].float().mean((1, 2)).tolist() == [0, 255, 0]
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left of the file is the top
+    halves = np.zeros((32, 32, 3), dtype=np.uint8)
+    halves[:, :16] = 255
+    found = image_of(tmp_path, Image.fromarray(halves), "x.jpg", exif=exif).float()
+    assert found[:, :14].mean() > 250 and found[:, 18:].mean() < 5
+
+
+def test_transparency_is_put_on_white(tmp_path):
+    clear = Image.new("RGBA", (32, 32), (200, 0, 0, 0))
+    assert (image_of(tmp_path, clear) == 255).all()
+    assert (image_of(tmp_path, Image.new("LA", (32, 32), (9, 0))) == 255).all()
+    palette = Image.new("P", (32, 32), 3)
+    assert (image_of(tmp_path, palette, transparency=3) == 255).all()
+    half = image_of(tmp_path, Image.new("RGBA", (32, 32), (200, 0, 0, 128)))
+    assert half[:, 9, 9].tolist() == pytest.approx([227, 127, 127], abs=1)
+
+
+def test_16_bit_grey_is_scaled(tmp_path):
+    grey = Image.fromarray(np.full((32, 32), 32896, dtype=np.uint16))
+    assert (image_of(tmp_path, grey) == 128).all()
+
+
+# ── Batches ───────────────────────────────────────────────────────────────
+def test_normalise_is_torchvisions():
+    images = make_split(4).images
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    expected = tv.normalize(images.float() / 255, mean, std)
+    for given in (images, images.float()):
+        assert torch.allclose(kd.normalise(given), expected, atol=1e-5)
+    assert kd.normalise(images).dtype is torch.float32
+
+
+def test_epoch_is_a_function_of_seed_and_epoch(settings):
+    def epoch(number):
+        return [image for image, _ in kd.augmented_batches(split, settings, number)]
+
+    split = make_split()
     torch.manual_seed(1)
-    one = epoch(0)
+    first = epoch(0)
     torch.manual_seed(2)
-    again, later, other = epoch(0), epoch(0, first=2), epoch(1)
-    assert len(one) == 3 and all(torch.equal(a, b) for a, b in zip(one, again))
-    assert torch.equal(later[0], one[2]) and not torch.equal(other[0], one[0])
+    again, other = epoch(0), epoch(1)
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(2))
+    assert len(first) == 3 and all(map(torch.equal, first, again))
+    assert not torch.equal(other[0], first[0])
 
 
-def test_epoch_shows_every_image_once(settings, split):
-    split.images = split.targets.new_zeros(48, 3, 8, 8) + torch.arange(48).view(48, 1, 1, 1)
+def test_epoch_shows_every_image_once_with_its_label(settings):
+    split = make_split(50)
+    number = torch.arange(50, device=kd.DEVICE, dtype=torch.uint8).view(50, 1, 1, 1)
+    split.images = number.expand(50, 3, 32, 32)
     batches = list(kd.augmented_batches(split, settings, 0))
-    seen = torch.cat([(images * kd.STD + kd.MEAN)[:, 0, 0, 0] for images, _ in batches]).round()
-    assert sorted(seen.int().tolist()) == list(range(48))
     targets = torch.cat([targets for _, targets in batches])
-    assert torch.equal(targets, split.targets[seen.long()])
+    red = torch.cat([images[:, 0].mean((1, 2)) for images, _ in batches])
+    seen = (red * 0.229 * 255 + 0.485 * 255).round().long()
+    assert len(seen) == len(set(seen.tolist())) == 48  # the incomplete batch is dropped
+    assert torch.equal(targets, split.targets[seen])
 
 
 def test_views_crop_and_mirror_as_torchvision_does():
     images = make_split(2).images
     whole = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
-    mirrored, quarter = whole * torch.tensor([-1, 1, 1]), torch.tensor([[0.5, 0, -0.5], [0, 0.5, -0.5]])
-    assert torch.allclose(kd.augment(images, torch.stack([whole, mirrored]))[0], images[0].float(), atol=1e-3)
-    assert torch.allclose(kd.augment(images, torch.stack([whole, mirrored]))[1], images[1].flip(2).float(), atol=1e-3)
-    corner = resize(images[:1, :, :16, :16].float(), [32, 32], antialias=False)
-    found = kd.augment(images[:1], quarter[None])
-    assert torch.allclose(found[..., :30, :30], corner[..., :30, :30], atol=1e-3)
+    mirrored = whole * torch.tensor([-1, 1, 1])
+    found = kd.augment(images, torch.stack([whole, mirrored]).to(kd.DEVICE))
+    assert torch.allclose(found[0], images[0].float(), atol=1e-2)
+    assert torch.allclose(found[1], tv.hflip(images[1]).float(), atol=1e-2)
+
+    quarter = torch.tensor([[0.5, 0, 0.5], [0, 0.5, -0.5]])  # right, at the top
+    corner = tv.resize(images[:1, :, :16, 16:].float(), [32, 32], antialias=False)
+    found = kd.augment(images[:1], quarter[None].to(kd.DEVICE))
+    assert torch.allclose(found[..., :30, 2:], corner[..., :30, 2:], atol=1e-2)
 
 
-def test_views_keep_to_their_range():
-    torch.manual_seed(0)
-    views = kd.draw_views(2000, min_crop=0.35)
+def test_views_are_drawn_from_their_whole_range():
+    with kd.seeded(0):
+        views = kd.draw_views(4000, min_crop=0.35)
+    assert views.shape == (4000, 2, 3) and not views[:, [0, 1], [1, 0]].any()
     width, height = views[:, 0, 0].abs(), views[:, 1, 1]
-    assert 0.3 < (width * height).min() < 0.4 and (width * height).max() > 0.95
-    assert (views[:, 0, 2].abs() <= 1 - width + 1e-6).all() and (views[:, 1, 2].abs() <= 1 - height + 1e-6).all()
-    assert 0.45 < (views[:, 0, 0] < 0).float().mean() < 0.55
+    area, aspect = width * height, width / height
+    assert 0.33 < area.min() < 0.37 and area.max() > 0.95 and 0.6 < area.mean() < 0.68
+    assert 0.74 < aspect.min() < 0.76 and 1.32 < aspect.max() < 1.35
+    assert 0.47 < (views[:, 0, 0] < 0).float().mean() < 0.53
+    for offset, side in ((views[:, 0, 2], width), (views[:, 1, 2], height)):
+        assert (offset.abs() <= 1 - side + 1e-6).all()  # within the image
+        place = (offset / (1 - side))[side < 0.95]  # −1 … 1: from edge to edge
+        assert place.mean().abs() < 0.05 and place.std() > 0.5
