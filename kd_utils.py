@@ -97,9 +97,7 @@ def choose_settings(dataset: str, profile: str | None = None) -> Settings:
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is none of {', '.join(PROFILES)}")
     if DEVICE.type == "cpu":
-        print(
-            f"No GPU: profile {profile!r}. demo takes minutes, small hours, full a day."
-        )
+        print(f"No GPU: {profile!r}. demo takes minutes, small hours, full a day.")
         print("In Colab: Runtime → Change runtime type → T4 GPU.")
 
     is_demo = profile == "demo"
@@ -186,9 +184,7 @@ def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Pat
         own = Path(name).expanduser()
         if (own / "train").is_dir() and (own / "val").is_dir():
             return own
-        raise ValueError(
-            f"{name!r}: no folder with train and val, nor {list(DATASETS)}"
-        )
+        raise ValueError(f"{name!r}: no folder with train, val, nor {list(DATASETS)}")
 
     folder = Path(root, name).expanduser()
     known_md5, expected = DATASETS[name]
@@ -501,11 +497,7 @@ class Student:
         self.is_open = False
         self.losses = []  # of this epoch's steps
         self.logits = None  # [N, C] for `val` at the end of an epoch, on the CPU
-        self.history = {
-            "loss": [],
-            "train_accuracy": [],
-            "val_accuracy": [],
-        }
+        self.history = {"loss": [], "train_accuracy": [], "val_accuracy": []}
 
     def __str__(self) -> str:
         return f"{self.name}, {self.arm}, seed {self.seed}"
@@ -705,15 +697,6 @@ class Stage:
             )
 
 
-def describe_network(network: nn.Module) -> dict:
-    kinds = {type(module) for module in network.modules()}
-    return {
-        "initial weights": getattr(network, "origin", "random"),
-        "layers": str(network),
-        "source": sorted({source_of(kind) for kind in kinds}),
-    }
-
-
 def describe_loss(loss) -> dict:
     """The numbers that a loss is given or uses from around it, and its source."""
     parameters = inspect.signature(loss).parameters.items()
@@ -722,28 +705,32 @@ def describe_loss(loss) -> dict:
     if inspect.isfunction(function):
         used = inspect.getclosurevars(function)
         values = {**used.globals, **used.nonlocals, **values}
-    numbers = {}
-    for name, value in values.items():
-        if isinstance(value, bool | int | float | str):
-            numbers[name] = value
+    simple = bool | int | float | str
+    numbers = {name: n for name, n in values.items() if isinstance(n, simple)}
     return {**numbers, "source": source_of(function)}
 
 
+def describe_network(network: nn.Module) -> dict:
+    """Where its weights come from, its layers, and its methods but for PyTorch's."""
+    sources = set()
+    for module in network.modules():
+        for _, method in inspect.getmembers(type(module), inspect.isfunction):
+            if not method.__module__.startswith("torch"):
+                sources.add(source_of(method))
+    return {
+        "initial weights": getattr(network, "origin", "random"),
+        "layers": str(network),
+        "source": sorted(sources),
+    }
+
+
 def source_of(thing) -> str:
-    """The source of a function, or of the methods of a class that are not PyTorch's."""
-    functions = [thing]
-    if not inspect.isfunction(thing):
-        kind = thing if inspect.isclass(thing) else type(thing)
-        functions = dict(inspect.getmembers(kind, inspect.isfunction)).values()
-    source = ""
-    for function in functions:
-        code = function.__code__
-        if not str(function.__module__).startswith("torch"):
-            try:
-                source += inspect.getsource(function)
-            except OSError:  # typed at a prompt
-                source += f"{code.co_code.hex()} {code.co_names} {code.co_consts}"
-    return source
+    """The source text of a function, or of an object's class."""
+    try:
+        return inspect.getsource(thing if inspect.isroutine(thing) else type(thing))
+    except (OSError, TypeError):  # typed at a prompt: its byte code, if it has any
+        code = getattr(thing, "__code__", None)
+        return f"{code.co_code.hex()} {code.co_names} {code.co_consts}" if code else ""
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -859,23 +846,22 @@ class Results:
         content = val.fingerprint()
         for path in sorted(settings.runs_dir.glob("*.pt")):
             saved = read_checkpoint(path)
-            if saved and len(saved["seconds"]) == saved["record"]["epochs"]:
-                self.add(path.stem, saved, saved["record"]["content of val"] == content)
+            if not saved or len(saved["seconds"]) < saved["record"]["epochs"]:
+                continue
+            if saved["record"]["content of val"] == content:
+                self.stages[path.stem] = saved
+            elif path.stem in (*self.EXPERIMENTS, "teacher"):
+                raise ValueError(f"{path.stem}: scored on other images, run it again")
         self.missing = [name for name in self.EXPERIMENTS if name not in self.stages]
         self.check()
 
-    def add(self, name: str, saved: dict, is_comparable: bool) -> None:
-        if not is_comparable:
-            if name in (*self.EXPERIMENTS, "teacher"):
-                raise ValueError(f"{name} was scored on other images: run it again")
-            return  # it helped to choose settings, on a part of `train`
-        self.stages[name] = saved
-        for student in saved["students"]:
-            key = (student["name"], student["arm"])
-            if name == "teacher":
-                self.teacher = student["logits"]
-            else:
-                self.students.setdefault(key, {})[student["seed"]] = student
+        for name, saved in self.stages.items():
+            for student in saved["students"]:
+                key = (student["name"], student["arm"])
+                if name == "teacher":
+                    self.teacher = student["logits"]
+                else:
+                    self.students.setdefault(key, {})[student["seed"]] = student
 
     def check(self) -> None:
         """Refuses experiments that differ in more than losses and teacher."""

@@ -1,14 +1,25 @@
 """What the tests share: small splits, a quick network, and the notebook's own loop."""
 
+import http.server
+import io
+import math
+import multiprocessing
 import os
 import sys
+import tarfile
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,6 +114,198 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+class Pair(nn.Flatten):
+    def forward(self, x):
+        return x, x
+
+
+def odd(num_classes):
+    """A network with an attribute `classes`, a buffer of −inf and one of no element."""
+    network = tiny(num_classes)
+    network.classes = 1000
+    network.register_buffer("mask", torch.full((3,), -torch.inf))
+    network.register_buffer("nothing", torch.empty(0))
+    return network
+
+
+def breaking(at):
+    """A loss that is NaN at these calls."""
+    calls = iter(range(10_000))
+
+    def loss(student_logits, teacher_logits, targets):
+        factor = math.nan if next(calls) in at else 1
+        return label_loss(student_logits, None, targets) * factor
+
+    return loss
+
+
+def assert_same(students, others):
+    for first, second in zip(students, others, strict=True):
+        assert same(first.network, second.network)
+        assert torch.equal(first.logits, second.logits)
+        assert first.history == second.history
+
+
+class Relu:
+    class Net(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mean((2, 3)).relu())
+
+
+class Tanh:
+    class Net(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mean((2, 3)).tanh())
+
+
+def smoothed(amount):
+    return {"a": lambda s, t, y: F.cross_entropy(s, y, label_smoothing=amount)}
+
+
+def soft(temperature):
+    return {"a": partial(kd.distillation_loss, temperature=temperature, alpha=0.5)}
+
+
+def network(build):
+    return {"networks": {"n": build}}
+
+
+def other_images(split):
+    split.images[5, 0, 3, 3] ^= 1
+    return split
+
+
+def other_targets(split):
+    split.targets[:2] = split.targets[:2].flip(0)
+    return split
+
+
+def other_teacher():
+    teacher = make_teacher()
+    teacher[1].running_mean[0] += 1e-3  # a buffer shapes its answers, too
+    return teacher
+
+
+HARD = {"a": lambda s, t, y: F.cross_entropy(s, y, label_smoothing=0.1)}
+HARDER = {"a": lambda s, t, y: F.cross_entropy(s, y, label_smoothing=0.2)}
+TRAIN, VAL = make_split, partial(make_split, 24, 1)
+RECORDS = [
+    ("content of train", {}, {"splits": (other_images(TRAIN()), VAL())}),
+    ("content of train", {}, {"splits": (other_targets(TRAIN()), VAL())}),
+    ("content of val", {}, {"splits": (TRAIN(), other_images(VAL()))}),
+    ("content of val", {}, {"splits": (TRAIN(), other_targets(VAL()))}),
+    ("layers", network(tiny), network(partial(tiny, activation=nn.SiLU))),
+    ("source", network(partial(Relu.Net, 3)), network(partial(Tanh.Net, 3))),
+    ("losses, a, source", {"losses": HARD}, {"losses": HARDER}),
+    (
+        "amount was 0.1 and is 0.2",
+        {"losses": smoothed(0.1)},
+        {"losses": smoothed(0.2)},
+    ),
+    (
+        "temperature was 2.0 and is 4.0",
+        {"losses": soft(2.0)},
+        {"losses": soft(4.0)},
+    ),
+    ("teacher", {"teacher": make_teacher()}, {"teacher": other_teacher()}),
+    ("batch size was 16 and is 24", {}, {"batch_size": 24}),
+    ("epochs was 2 and is 3", {}, {"epochs": 3}),
+    ("smallest crop was 0.35 and is 0.5", {}, {"min_crop": 0.5}),
+    ("seed of the stream was 0 and is 1", {}, {"stream_seed": 1}),
+    ("peak learning rate was 0.004 and is 0.1", {}, {"learning_rate": 0.1}),
+    ("weight decay was 0.05 and is 0.1", {}, {"weight_decay": 0.1}),
+    ("seeds was (0, 1) and is (0, 5)", {}, {"seeds": (0, 5)}),
+    ("precision was float32 and is bfloat16", {}, {"precision": torch.bfloat16}),
+]
+
+
+def train_by_hand(network, settings):
+    """AdamW and one cycle, as their papers have it, for 12 steps and seed 3."""
+    weights = list(network.parameters())
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for step in range(12):
+        if step % 3 == 0:
+            batches = kd.augmented_batches(make_split(), settings, step // 3)
+        images, targets = next(batches)
+        with kd.seeded(3, step):
+            loss = F.cross_entropy(network.train()(images), targets)
+        gradients = torch.autograd.grad(loss, weights)
+
+        # From a 25th of the peak up to it, then down to (almost) 0
+        top, peak = 0.3 * 12 - 1, settings.learning_rate
+        rate = peak * (0.52 - 0.48 * math.cos(math.pi * step / top))
+        if step > top:
+            rate = peak * (0.5 + 0.5 * math.cos(math.pi * (step - top) / (11 - top)))
+        for w, g, m, v in zip(weights, gradients, first, second, strict=True):
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g**2)
+            size = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            w.data.mul_(1 - rate * settings.weight_decay)
+            w.data.sub_(rate * m / (1 - 0.9 ** (step + 1)) / size)
+
+
+def make_study(settings, logits, second=None, shift=0.0):
+    """The files of a study; `shift` makes another teacher, which it does not report."""
+    one = make_stage(settings)
+    finish(one, logits)
+    learner = make_stage(replace(settings, seeds=(9,)), name="teacher")
+    finish(learner, {("alone", 9): logits["distilled", 1]})
+    teacher = learner.students[0].network.eval().requires_grad_(False)
+    teacher[-1].bias += shift
+    losses = {"class mean": distilled, "distilled": distilled}
+    two = make_stage(second or settings, losses, teacher, name="Experiment 2")
+    finish(two, logits)
+    return one, two
+
+
+# ── Independent calculations ──
+def softmax(logits, temperature):
+    powers = [math.exp(logit / temperature) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def by_the_definition(student, teacher, targets, temperature, alpha):
+    """The loss in plain Python floats, straight from the formula."""
+    total = 0.0
+    rows = zip(student.tolist(), teacher.tolist(), targets.tolist(), strict=True)
+    for s, t, target in rows:
+        p, q = softmax(t, temperature), softmax(s, temperature)
+        kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        total += alpha * temperature**2 * kl
+        total -= (1 - alpha) * math.log(softmax(s, 1)[target])
+    return total / len(targets)
+
+
+def shaken(network):
+    """The network in evaluation mode, with batch statistics that are not 0 and 1."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    with kd.seeded(0):
+        for norm in norms:
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                tensor.data.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def student_quantile(freedom):
+    """The 97.5 % quantile of Student's t, by adding up its density."""
+    x = np.arange(0, 20, 1e-4) + 5e-5
+    gammas = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    density *= math.exp(gammas) / math.sqrt(math.pi * freedom)
+    return x[np.searchsorted(np.cumsum(density) * 1e-4, 0.475)]
+
+
+# ── GPU ──
+def backward_into(networks):
+    """In place of `Tensor.backward`, which needs a driver for tensors on a GPU."""
+
+    def backward(loss):
+        for weight in (w for network in networks for w in network.parameters()):
+            weight.grad = torch.zeros_like(weight)
+
+    return backward
+
+
 class Transfers(TorchDispatchMode):
     """Notes every operation that makes the host wait for the device, or copies."""
 
@@ -137,6 +340,83 @@ def put_on(network, device):
     return network
 
 
+class StopTraining(Exception):
+    """What interrupts a training in these tests."""
+
+
+def stop_after(steps, stage):
+    """Makes the last student raise in place of its step number `steps` + 1."""
+    step, left = stage.students[-1].step, iter(range(steps))
+
+    def limited(loss):
+        if next(left, None) is None:
+            raise StopTraining
+        step(loss)
+
+    stage.students[-1].step = limited
+
+
+def train_in_another_process(settings, connection):
+    torch.set_num_threads(1)
+    kd.DEVICE, kd.CHECKPOINT_SECONDS = torch.device("cpu"), 0
+    kd.choose_precision = lambda: torch.float32
+    train = notebook_train()
+    connection.send("ready")
+    stage = make_stage(settings, {"distilled": distilled}, make_teacher())
+    train(stage)
+    weights = [kd.fingerprint(s.network.state_dict().values()) for s in stage.students]
+    connection.send((weights, [student.history for student in stage.students]))
+
+
+def start(settings):
+    context = multiprocessing.get_context("forkserver")  # imports torch once for all
+    context.set_forkserver_preload(
+        ["torch._subclasses", "torchvision", "nbformat", "pytest"]
+    )
+    receiving, sending = context.Pipe(duplex=False)
+    target = train_in_another_process
+    process = context.Process(target=target, args=(settings, sending))
+    process.start()
+    assert receiving.recv() == "ready"
+    return process, receiving
+
+
+def train_watched(settings, teacher, build, watch):
+    """Three steps of a student of each network and arm, the last two in `watch`."""
+    means, split = torch.zeros(3, 3, device=kd.DEVICE), make_split()
+
+    def class_mean(student_logits, teacher_logits, targets):
+        return distilled(student_logits, means[targets], targets)
+
+    losses = {"alone": label_loss, "class mean": class_mean, "distilled": distilled}
+    students = []
+    for name, arm in ((name, arm) for name in kd.STUDENTS for arm in losses):
+        network = build(kd.STUDENTS[name])
+        student = kd.Student(network, name, arm, 0, losses[arm], settings, 100)
+        student.is_open = True
+        students.append(student)
+
+    def batches(epoch):
+        stream = kd.augmented_batches(split, settings, epoch)
+        yield next(stream)  # the epoch's random choices are sent, states are made
+        with watch:
+            yield from stream
+
+    names = {"students": students, "teacher": teacher, "batches": batches}
+    notebook_train()(SimpleNamespace(epochs_left=lambda: [0], **names))
+    assert [student.steps for student in students] == [3] * 6
+    return students[0].losses[0]
+
+
+@contextmanager
+def no_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture
 def settings(tmp_path):
     demo = kd.choose_settings("imagewoof2-160", "demo")
@@ -160,3 +440,72 @@ def float16(monkeypatch):
     """float16 with the gradient scaler, as on a T4, on the CPU."""
     monkeypatch.setattr(kd, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(kd, "choose_precision", lambda: torch.float16)
+
+
+# ── Archives and a server ─────────────────────────────────────────────────
+def photograph(mode="RGB", size=(40, 50)):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def archive_of(members):
+    """A .tgz from {name: bytes or TarInfo}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            is_info = isinstance(content, tarfile.TarInfo)
+            info = content if is_info else tarfile.TarInfo(name)
+            body = b"" if is_info else content
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    return buffer.getvalue()
+
+
+SILENCE = object()
+
+
+@contextmanager
+def serving(*answers):
+    """A loopback server that gives these bodies in turn, the last one for ever."""
+    asked, done = [], threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = answers[min(len(asked), len(answers) - 1)]
+            asked.append(self.path)
+            if body is SILENCE:
+                done.wait(30)
+                return
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        done.set()
+        server.shutdown()
+        server.server_close()
+
+
+def own_folder(root, **classes):
+    """`root` with train and val, each with these classes of one image."""
+    for split in ("train", "val"):
+        for name, content in classes.items():
+            path = root / split / name / "one.jpg"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(content)
+    return root
+
+
+def image_of(tmp_path, image, name="x.png", **options):
+    image.save(tmp_path / name, **options)
+    return kd.read_image(tmp_path / name, 32)
