@@ -109,7 +109,7 @@ def test_experiments_that_do_not_belong_together_are_refused(settings, monkeypat
     with pytest.raises(ValueError, match="Experiment 2 had another teacher"):
         kd.Results(settings, VAL)
     study(settings)
-    with pytest.raises(ValueError, match="Experiment 1 was scored on other images"):
+    with pytest.raises(ValueError, match="Experiment 1: scored on other images"):
         kd.Results(settings, make_split(24, seed=5))
     monkeypatch.setattr(kd, "choose_precision", lambda: torch.float64)
     finish(make_stage(settings), LOGITS)
