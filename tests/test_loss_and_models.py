@@ -63,38 +63,19 @@ def test_numbers_and_shapes_that_do_not_fit_are_named(logits):
 
 
 # ── Networks ──────────────────────────────────────────────────────────────
-def test_custom_cnn_is_its_functional_recomputation():
-    def layer(x, stride, groups):
-        weight, scale, shift, average, variance, _ = (next(values) for _ in range(6))
-        x = F.conv2d(x, weight, None, stride, 1, groups=groups)
-        return F.relu(F.batch_norm(x, average, variance, scale, shift))
-
+def test_networks_are_their_functional_recomputations_with_the_papers_sizes():
     with kd.seeded(1):
-        network, x = kit.shaken(kd.CustomCNN(10)), torch.randn(2, 3, 97, 97)
-    values, found = iter(network.state_dict().values()), network(x)
-    for width, groups in ((32, 1), (64, 1), (128, 1), (256, 1), (512, 2)):
-        x = layer(x, 2, 1)
-        x = x + layer(x, 1, groups)
-        assert x.shape[1] == width
-    expected = F.linear(x.mean((2, 3)), next(values), next(values))
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
-    assert 3.5e6 < sum(p.numel() for p in network.parameters()) < 3.6e6
-
-
-def test_lenet_is_its_functional_recomputation_and_has_the_papers_sizes():
-    with kd.seeded(1):
-        network, x = kd.LeNet5(10), 3 * torch.randn(2, 3, 32, 32)
-    values, found = list(network.parameters()), network(x)
-    for weight, bias, size in zip(
-        values[0:6:2], values[1:6:2], (14, 5, 1), strict=True
-    ):
-        x = F.adaptive_max_pool2d(F.conv2d(x, weight, bias).relu(), size)
-    x = F.linear(x.flatten(1), values[6], values[7]).relu()
-    assert torch.allclose(found, F.linear(x, values[8], values[9]), atol=1e-5)
-
+        lenet, custom = kd.LeNet5(10), kit.shaken(kd.CustomCNN(10))
+        small, odd = 3 * torch.randn(2, 3, 32, 32), torch.randn(2, 3, 97, 97)
+    assert torch.allclose(lenet(small), kit.lenet_by_functions(lenet, small), atol=1e-5)
+    expected = kit.custom_by_functions(custom, odd)
+    assert torch.allclose(custom(odd), expected, rtol=1e-3, atol=1e-4)
+    sizes = [
+        sum(p.numel() for p in network.parameters()) for network in (lenet, custom)
+    ]
     c1, c3, c5 = 6 * (3 * 25 + 1), 16 * (6 * 25 + 1), 120 * (16 * 25 + 1)
-    f6, output = 84 * (120 + 1), 10 * (84 + 1)
-    assert sum(value.numel() for value in values) == c1 + c3 + c5 + f6 + output
+    assert sizes[0] == c1 + c3 + c5 + 84 * (120 + 1) + 10 * (84 + 1)
+    assert 3.5e6 < sizes[1] < 3.6e6
 
 
 def test_custom_cnn_drops_a_fifth_of_its_features_in_training_only():
@@ -119,9 +100,7 @@ def test_prediction_is_repeatable_and_changes_nothing(exact):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
-def test_networks_compute_in_the_chosen_precision(
-    exact, settings, monkeypatch, precision
-):
+def test_networks_have_the_precision(exact, settings, monkeypatch, precision):
     monkeypatch.setattr(kd, "choose_precision", lambda: precision)
     student = make_stage(settings).students[0]
     student.is_open = True
@@ -184,10 +163,8 @@ def test_profiles_and_folders_are_chosen_by_name(monkeypatch, capsys, tmp_path):
     own = kd.choose_settings(str(tmp_path / "demo"))
     assert own.dataset == str(tmp_path / "demo") and own.runs_dir.name == "demo-demo"
     small, full = (kd.choose_settings("a", profile) for profile in ("small", "full"))
-    sizes = [
-        (s.image_size, s.batch_size, len(s.seeds), s.epochs) for s in (small, full)
-    ]
-    assert sizes == [(96, 64, 3, 16), (128, 64, 5, 20)]
+    assert (small.image_size, len(small.seeds), small.epochs) == (96, 3, 16)
+    assert (full.image_size, len(full.seeds), full.epochs) == (128, 5, 20)
     assert ("No GPU" in capsys.readouterr().out) == (kd.DEVICE.type == "cpu")
     with pytest.raises(ValueError, match="'tpu' is none of full, small, demo"):
         kd.choose_settings("imagenette2-160", "tpu")
