@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +118,17 @@ def same(first, second):
 class Pair(nn.Flatten):
     def forward(self, x):
         return x, x
+
+
+def ending_with(layer):
+    return lambda num_classes: nn.Sequential(nn.Conv2d(3, 3, 1), layer)
+
+
+NO_LOGITS = {
+    r"\[49152\]": ending_with(nn.Flatten(0)),
+    r"\[16, 3, 32, 32\]": ending_with(nn.Identity()),
+    "tuple": ending_with(Pair()),
+}
 
 
 def odd(num_classes):
@@ -244,21 +256,33 @@ def train_by_hand(network, settings):
             w.data.sub_(rate * m / (1 - 0.9 ** (step + 1)) / size)
 
 
-def make_study(settings, logits, second=None, shift=0.0):
+CHANCE = torch.Generator().manual_seed(0)
+RIGHT = {  # whose answers are right, by arm and seed: all different
+    (arm, seed): torch.rand(24, generator=CHANCE) < 0.3 + 0.2 * index + 0.1 * seed
+    for index, arm in enumerate(("alone", "class mean", "distilled"))
+    for seed in (0, 1)
+}
+LOGITS = {  # a right answer is the label, a wrong one the next class
+    key: torch.eye(3)[(torch.arange(24) + ~right) % 3] * 4.0
+    for key, right in RIGHT.items()
+}
+
+
+def make_study(settings, second=None, shift=0.0):
     """The files of a study; `shift` makes another teacher, which it does not report."""
     one = make_stage(settings)
-    finish(one, logits)
+    finish(one, LOGITS)
     learner = make_stage(replace(settings, seeds=(9,)), name="teacher")
-    finish(learner, {("alone", 9): logits["distilled", 1]})
+    finish(learner, {("alone", 9): LOGITS["distilled", 1]})
     teacher = learner.students[0].network.eval().requires_grad_(False)
     teacher[-1].bias += shift
     losses = {"class mean": distilled, "distilled": distilled}
     two = make_stage(second or settings, losses, teacher, name="Experiment 2")
-    finish(two, logits)
+    finish(two, LOGITS)
     return one, two
 
 
-# ── Independent calculations ──
+# ── Independent calculations ──────────────────────────────────────────────
 def softmax(logits, temperature):
     powers = [math.exp(logit / temperature) for logit in logits]
     return [power / sum(powers) for power in powers]
@@ -286,6 +310,30 @@ def shaken(network):
     return network.eval()
 
 
+def custom_by_functions(network, x):
+    values = iter(network.state_dict().values())
+
+    def layer(x, stride, groups):
+        weight, scale, shift, average, variance, _ = (next(values) for _ in range(6))
+        x = F.conv2d(x, weight, None, stride, 1, groups=groups)
+        return F.relu(F.batch_norm(x, average, variance, scale, shift))
+
+    for width, groups in ((32, 1), (64, 1), (128, 1), (256, 1), (512, 2)):
+        x = layer(x, 2, 1)
+        x = x + layer(x, 1, groups)
+        assert x.shape[1] == width
+    return F.linear(x.mean((2, 3)), next(values), next(values))
+
+
+def lenet_by_functions(network, x):
+    values = iter(network.parameters())
+    for size in (14, 5, 1):
+        x = F.conv2d(x, next(values), next(values)).relu()
+        x = F.adaptive_max_pool2d(x, size)
+    x = F.linear(x.flatten(1), next(values), next(values)).relu()
+    return F.linear(x, next(values), next(values))
+
+
 def student_quantile(freedom):
     """The 97.5 % quantile of Student's t, by adding up its density."""
     x = np.arange(0, 20, 1e-4) + 5e-5
@@ -295,17 +343,7 @@ def student_quantile(freedom):
     return x[np.searchsorted(np.cumsum(density) * 1e-4, 0.475)]
 
 
-# ── GPU ──
-def backward_into(networks):
-    """In place of `Tensor.backward`, which needs a driver for tensors on a GPU."""
-
-    def backward(loss):
-        for weight in (w for network in networks for w in network.parameters()):
-            weight.grad = torch.zeros_like(weight)
-
-    return backward
-
-
+# ── Interruptions, other processes, GPUs ──────────────────────────────────
 class Transfers(TorchDispatchMode):
     """Notes every operation that makes the host wait for the device, or copies."""
 
@@ -319,10 +357,8 @@ class Transfers(TorchDispatchMode):
         is_moved = isinstance(result, torch.Tensor) and any(
             value.device != result.device and value.dim() for value in inputs
         )
-        if is_moved or str(function).split(".")[1] in (
-            "_local_scalar_dense",
-            "nonzero",
-        ):
+        waits = ("_local_scalar_dense", "nonzero")
+        if is_moved or str(function).split(".")[1] in waits:
             self.found.append(str(function))
         return result
 
@@ -338,6 +374,32 @@ def put_on(network, device):
                     values[name] = nn.Parameter(new) if is_weight else new
     network.to = lambda *_, **__: network
     return network
+
+
+@contextmanager
+def fake_gpu(monkeypatch):
+    """Inside, tensors claim to be on a GPU; networks are made by what this yields."""
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        cuda, networks = torch.device("cuda"), []
+        try:
+            torch.zeros(1).to(cuda)
+        except RuntimeError:
+            pytest.skip("this torch needs a driver even for tensors that are not there")
+
+        def build(network):
+            networks.append(put_on(network(3), cuda))
+            return networks[-1]
+
+        def backward(loss):  # the true one needs a driver
+            for weight in (w for network in networks for w in network.parameters()):
+                weight.grad = torch.zeros_like(weight)
+
+        common = torch.cuda.amp.common
+        monkeypatch.setattr(common, "amp_definitely_not_available", lambda: False)
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        monkeypatch.setattr(kd, "choose_precision", lambda: torch.float16)
+        monkeypatch.setattr(kd, "DEVICE", torch.device("cuda:0"))
+        yield build, Transfers()
 
 
 class StopTraining(Exception):
@@ -433,6 +495,7 @@ def exact(monkeypatch):
     """On the CPU in float32, where the same numbers come out each time."""
     monkeypatch.setattr(kd, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(kd, "choose_precision", lambda: torch.float32)
+    monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", kd.CHECKPOINT_SECONDS)  # put back
 
 
 @pytest.fixture

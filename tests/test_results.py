@@ -53,41 +53,29 @@ def test_verdict_follows_the_interval():
 
 # ── Results ───────────────────────────────────────────────────────────────
 VAL = make_split(24, seed=1)
-TARGETS = VAL.targets.cpu()
-CHANCE = torch.Generator().manual_seed(0)
-RIGHT = {  # whose answers are right, by arm and seed: all different
-    (arm, seed): torch.rand(24, generator=CHANCE) < 0.3 + 0.2 * index + 0.1 * seed
-    for index, arm in enumerate(("alone", "class mean", "distilled"))
-    for seed in (0, 1)
-}
-LOGITS = {  # a right answer is the label, a wrong one the next class
-    key: torch.eye(3)[(TARGETS + ~right) % 3] * 4.0 for key, right in RIGHT.items()
-}
-
-
-def study(settings, second=None, shift=0.0):
-    return kit.make_study(settings, LOGITS, second, shift)
 
 
 def test_gains_are_paired_by_seed_and_have_the_right_sign(settings):
-    _, two = study(settings)
+    _, two = kit.make_study(settings)
     two.students.reverse()  # the order in a file must not matter
     two.save()
     results = kd.Results(settings, VAL)
     for arm, other in (("distilled", "alone"), ("alone", "class mean")):
-        pairs = [(RIGHT[arm, s].float() - RIGHT[other, s].float()) for s in (0, 1)]
+        pairs = [
+            (kit.RIGHT[arm, s].float() - kit.RIGHT[other, s].float()) for s in (0, 1)
+        ]
         found = results.gains("tiny", arm, other)
         assert sorted(found.tolist()) == sorted(pair.tolist() for pair in pairs)
     default, full = results.gains("tiny"), results.gains("tiny", "distilled", "alone")
     assert np.array_equal(default, full) and results.missing == []
-    assert torch.equal(results.teacher, LOGITS["distilled", 1])
+    assert torch.equal(results.teacher, kit.LOGITS["distilled", 1])
     assert np.array_equal(results.never_seen, np.arange(24) % 4 == 0)
 
 
 def test_gains_take_the_common_seeds_and_any_metric(settings):
-    study(settings)
+    kit.make_study(settings)
     longer = make_stage(replace(settings, seeds=(1,)), {"longer": distilled}, name="x")
-    finish(longer, {("longer", 1): 2 * LOGITS["distilled", 1]})
+    finish(longer, {("longer", 1): 2 * kit.LOGITS["distilled", 1]})
     results = kd.Results(settings, VAL)
     found = results.gains("tiny", "longer", "alone", lambda logits, _: logits.amax(1))
     assert found.tolist() == [[4.0] * 24]
@@ -102,26 +90,26 @@ def test_experiments_that_do_not_belong_together_are_refused(settings, monkeypat
         r"seeds was \(0, 1\) and is \(0,\)": {"seeds": (0,)},
     }
     for told, change in changes.items():
-        study(settings, replace(settings, **change))
+        kit.make_study(settings, replace(settings, **change))
         with pytest.raises(ValueError, match=f"Experiments 1 and 2 differ: {told}"):
             kd.Results(settings, VAL)
-    study(settings, shift=0.5)
+    kit.make_study(settings, shift=0.5)
     with pytest.raises(ValueError, match="Experiment 2 had another teacher"):
         kd.Results(settings, VAL)
-    study(settings)
+    kit.make_study(settings)
     with pytest.raises(ValueError, match="Experiment 1: scored on other images"):
         kd.Results(settings, make_split(24, seed=5))
     monkeypatch.setattr(kd, "choose_precision", lambda: torch.float64)
-    finish(make_stage(settings), LOGITS)
+    finish(make_stage(settings), kit.LOGITS)
     with pytest.raises(ValueError, match="precision was float64 and is "):
         kd.Results(settings, VAL)
 
 
 def test_what_is_missing_unfinished_damaged_or_a_trial_is_left_out(settings, capsys):
     assert kd.Results(settings, VAL).missing == ["Experiment 1", "Experiment 2"]
-    one, two = study(settings)
+    one, two = kit.make_study(settings)
     trial = make_stage(settings, splits=(make_split(), make_split(24)), name="trial")
-    finish(trial, LOGITS)
+    finish(trial, kit.LOGITS)
     two.path.write_bytes(b"damaged")
     results = kd.Results(settings, VAL)
     assert results.missing == ["Experiment 2"] and "trial" not in results.stages

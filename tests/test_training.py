@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import distilled, finish, make_split, make_stage, make_teacher, same, tiny
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kd_utils as kd
 
@@ -97,23 +96,15 @@ def test_student_outside_of_its_training_says_so(settings, train):
     for prepare in (lambda stage: None, train):
         prepare(stage)
         before = copy.deepcopy(student.network)
-        with pytest.raises(
-            RuntimeError, match="tiny, alone, seed 0 is not in training"
-        ):
+        with pytest.raises(RuntimeError, match="seed 0 is not in training"):
             student.forward(images)
         assert same(student.network, before)
 
 
-def test_output_that_is_no_logits_is_named(settings, train):
-    layers = (nn.Flatten(0), nn.Identity(), kit.Pair())
-    for layer, told in zip(
-        layers, (r"\[49152\]", r"\[16, 3, 32, 3", "tuple"), strict=True
-    ):
-        networks = {
-            "odd": lambda _, last=layer: nn.Sequential(nn.Conv2d(3, 3, 1), last)
-        }
-        with pytest.raises(ValueError, match=r"odd, alone, .*\[B, C\].*" + told):
-            train(make_stage(settings, networks=networks))
+@pytest.mark.parametrize("told, build", kit.NO_LOGITS.items())
+def test_output_that_is_no_logits_is_named(settings, train, told, build):
+    with pytest.raises(ValueError, match=r"odd, alone, seed 0.*\[B, C\].*" + told):
+        train(make_stage(settings, networks={"odd": build}))
 
 
 # ── The teacher ───────────────────────────────────────────────────────────
@@ -147,18 +138,19 @@ def test_new_layer_of_the_teacher_follows_the_seed(settings, monkeypatch):
 
 
 # ── Numbers that are not finite ───────────────────────────────────────────
-def test_weights_that_are_not_finite_are_named_and_never_saved(
-    exact, settings, train, monkeypatch
-):
+def test_nan_is_named_and_never_saved(exact, settings, train, monkeypatch):
     monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", 0)
     # Two students, three steps an epoch: the eighth call is the second student's
     stage = make_stage(settings, {"alone": kit.breaking({7})})
     with pytest.raises(FloatingPointError, match=r"alone, seed 1 .*learning rate"):
         train(stage)
     saved = kd.read_checkpoint(stage.path)
+    networks = [student["network"].values() for student in saved["students"]]
     assert len(saved["seconds"]) == 1
-    for student in saved["students"]:
-        assert all(value.isfinite().all() for value in student["network"].values())
+    assert all(value.isfinite().all() for values in networks for value in values)
+    stage.students[0].network[-1].bias.data[0] = math.nan  # though its losses are good
+    with pytest.raises(FloatingPointError, match="alone, seed 0 is not finite"):
+        stage.check_finite(stage.val)
 
 
 def test_teacher_whose_answers_are_not_finite_is_named(settings, train):
@@ -180,21 +172,16 @@ def test_float16_skips_a_step_but_not_an_epoch(float16, settings, train):
 # ── Checkpoints ───────────────────────────────────────────────────────────
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 @pytest.mark.parametrize("steps", [1, 3, 5, 8])
-def test_interrupted_training_goes_on_bit_for_bit(
-    exact, settings, train, monkeypatch, precision, steps
-):
-    monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(kd, "choose_precision", lambda: precision)
-
-    def make(name):
-        changed = replace(settings, epochs=3)
-        stage = make_stage(changed, {"distilled": distilled}, make_teacher(), name=name)
-        for student in stage.students:
-            if student.scaler.is_enabled():  # so large that it skips the first steps
-                student.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
-        return stage
-
-    whole, broken, resumed = make("whole"), make("broken"), make("broken")
+def test_training_resumes_bit_for_bit(exact, settings, train, precision, steps):
+    kd.choose_precision, kd.CHECKPOINT_SECONDS = lambda: precision, 0
+    settings, losses = replace(settings, epochs=3), {"distilled": distilled}
+    whole, broken, resumed = (
+        make_stage(settings, losses, make_teacher(), name=name)
+        for name in ("whole", "broken", "broken")
+    )
+    for student in whole.students + broken.students + resumed.students:
+        if student.scaler.is_enabled():  # so large that it skips the first steps
+            student.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     begun = copy.deepcopy(whole.students[0].network)
     train(whole)
     kit.stop_after(steps, broken)
@@ -234,16 +221,24 @@ def test_finished_stage_is_loaded_and_tells_its_story(settings, train, capsys):
     kit.assert_same(stages[0].students, stages[1].students)
 
 
+@pytest.mark.xfail(strict=True, reason="students are matched by place, not by name")
+def test_arms_in_another_order_keep_their_students(settings):
+    losses = {"alone": kit.label_loss, "distilled": kit.label_loss}
+    finish(make_stage(settings, losses), kit.LOGITS)
+    stage = make_stage(settings, dict(reversed(losses.items())))
+    next(stage.epochs_left(), None)  # it may load them, or train anew
+    for s in stage.students:
+        assert s.logits is None or torch.equal(s.logits, kit.LOGITS[s.arm, s.seed])
+
+
 @pytest.mark.parametrize("told, before, after", kit.RECORDS)
-def test_stage_with_another_record_is_trained_anew(
-    exact, settings, capsys, monkeypatch, told, before, after
-):
+def test_changed_stage_is_trained_anew(exact, settings, capsys, told, before, after):
     finish(make_stage(settings, **before))
     assert list(make_stage(settings, **before).epochs_left()) == []
     numbers = {key: after[key] for key in after if hasattr(settings, key)}
     others = {key: after[key] for key in after if key not in numbers}
     precision = others.pop("precision", torch.float32)
-    monkeypatch.setattr(kd, "choose_precision", lambda: precision)
+    kd.choose_precision = lambda: precision
     capsys.readouterr()
     assert next(make_stage(replace(settings, **numbers), **others).epochs_left()) == 0
     said = capsys.readouterr().out
@@ -260,10 +255,8 @@ def test_damaged_checkpoint_is_set_aside_and_overwrites_nothing(settings, capsys
         asides.append(stage.path.with_name(f"Experiment 1.pt.{number}"))
         assert next(make_stage(settings).epochs_left()) == 0
         assert f"{stage.path} is no readable checkpoint" in capsys.readouterr().out
-    assert [path.read_bytes() for path in asides] == [
-        damaged + b"\0",
-        damaged + b"\0\0",
-    ]
+    found = [path.read_bytes() for path in asides]
+    assert found == [damaged + b"\0", damaged + b"\0\0"]
 
 
 def test_rename_is_tried_again(settings, monkeypatch):
@@ -308,32 +301,16 @@ def test_kills_at_random_moments_change_nothing(settings):
 
 
 # ── On a GPU, and what it will do, without one ────────────────────────────
+@pytest.mark.skipif(torch.cuda.is_available(), reason="see the next test")
 def test_steps_on_a_gpu_that_is_not_there_wait_for_nothing(settings, monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda.amp.common, "amp_definitely_not_available", lambda: 0
-    )
-    with FakeTensorMode(allow_non_fake_inputs=False):  # they claim to be on a GPU
-        cuda, transfers = torch.device("cuda"), kit.Transfers()
-        try:
-            torch.zeros(1).to(cuda)
-        except RuntimeError:
-            pytest.skip("this torch needs a driver even for tensors that are not there")
-        monkeypatch.setattr(kd, "choose_precision", lambda: torch.float16)
-        monkeypatch.setattr(kd, "DEVICE", cuda)
-        teacher, networks = kit.put_on(tiny(3), cuda).eval(), []
-        monkeypatch.setattr(torch.Tensor, "backward", kit.backward_into(networks))
-
-        def build(kind):
-            networks.append(kit.put_on(kind(3), cuda))
-            return networks[-1]
-
+    with kit.fake_gpu(monkeypatch) as (build, transfers):
+        teacher = build(tiny).eval()
         loss = kit.train_watched(settings, teacher, build, transfers)
         assert transfers.found == [] and loss.dtype is torch.float32
-        assert kd.predict(teacher, make_split()).device == loss.device
+        assert kd.predict(teacher, make_split()).device == loss.device == kd.DEVICE
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_steps_on_a_gpu_wait_for_nothing(settings):
-    kit.train_watched(
-        settings, make_teacher(), lambda build: build(3), kit.no_waiting()
-    )
+    build, watch = (lambda network: network(3)), kit.no_waiting()
+    kit.train_watched(settings, make_teacher(), build, watch)
