@@ -685,7 +685,9 @@ class Stage:
         if changes:
             set_aside(self.path, f"has other settings: {'; '.join(changes[:3])}")
         elif saved:
-            for student, state in zip(self.students, saved["students"], strict=True):
+            for state in saved["students"]:  # arms may stand in another order
+                key = f"{state['name']}, {state['arm']}, seed {state['seed']}"
+                [student] = [one for one in self.students if str(one) == key]
                 student.load_state_dict(state)
             self.seconds = saved["seconds"]
             print(f"From {self.path}:")

@@ -1,5 +1,6 @@
 """What the tests share: small splits, a quick network, and the notebook's own loop."""
 
+import hashlib
 import http.server
 import io
 import math
@@ -257,6 +258,15 @@ def train_by_hand(network, settings):
 
 
 CHANCE = torch.Generator().manual_seed(0)
+# Gains [seeds, images], and their degrees of freedom
+BOTH = np.array([[1.0, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, -1]])
+SEEDS = [(np.outer(np.arange(n), np.ones(200)), n - 1) for n in (2, 3, 5)]
+IMAGES = [
+    (np.outer(np.ones(3), np.arange(n) % 3), freedom)
+    for n, freedom in ((4, 3), (11, 10), (46, 40), (900, 100))
+]
+GAINS = [(BOTH, 3), *SEEDS, *IMAGES]
+
 RIGHT = {  # whose answers are right, by arm and seed: all different
     (arm, seed): torch.rand(24, generator=CHANCE) < 0.3 + 0.2 * index + 0.1 * seed
     for index, arm in enumerate(("alone", "class mean", "distilled"))
@@ -491,6 +501,13 @@ def train():
 
 
 @pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 5, 10, generator=generator)
+    return student, teacher, torch.randint(0, 10, (5,), generator=generator)
+
+
+@pytest.fixture
 def exact(monkeypatch):
     """On the CPU in float32, where the same numbers come out each time."""
     monkeypatch.setattr(kd, "DEVICE", torch.device("cpu"))
@@ -524,6 +541,18 @@ def archive_of(members):
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
     return buffer.getvalue()
+
+
+PLACES = ("train/a", "train/b", "val/a", "val/b")
+IMAGES = {f"tiny/{place}/x.JPEG": photograph() for place in PLACES}
+GOOD = archive_of(IMAGES)
+MD5 = hashlib.md5(GOOD).hexdigest()
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """A dataset `tiny`, two images in train and in val, whose archive is GOOD."""
+    monkeypatch.setitem(kd.DATASETS, "tiny", (MD5, (2, 2)))
 
 
 SILENCE = object()

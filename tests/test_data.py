@@ -9,24 +9,16 @@ import conftest as kit
 import numpy as np
 import pytest
 import torch
-from conftest import archive_of, image_of, make_split, photograph, serving
+from conftest import GOOD, IMAGES, archive_of, image_of, make_split, photograph, serving
 from PIL import Image
 from torchvision.transforms import functional as tv
 
 import kd_utils as kd
 
+pytestmark = pytest.mark.usefixtures("known")
+
+
 # ── Archives ──────────────────────────────────────────────────────────────
-PLACES = ("train/a", "train/b", "val/a", "val/b")
-IMAGES = {f"tiny/{place}/x.JPEG": photograph() for place in PLACES}
-GOOD = archive_of(IMAGES)
-MD5 = hashlib.md5(GOOD).hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(kd.DATASETS, "tiny", (MD5, (2, 2)))
-
-
 def test_archive_is_downloaded_until_it_is_whole_and_then_used(tmp_path):
     changed = GOOD[:99] + b"?" + GOOD[100:]
     with serving(GOOD[:-20], changed, GOOD) as (url, asked):

@@ -13,15 +13,7 @@ from torchvision.models import resnet18
 
 import kd_utils as kd
 
-
 # ── Loss ──────────────────────────────────────────────────────────────────
-@pytest.fixture
-def logits():
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = 3 * torch.randn(2, 5, 10, generator=generator)
-    return student, teacher, torch.randint(0, 10, (5,), generator=generator)
-
-
 CASES = [(1.0, 0.5), (2.0, 0.5), (4.0, 0.9), (8.0, 1.0), (2.0, 0.0)]
 
 
@@ -70,9 +62,7 @@ def test_networks_are_their_functional_recomputations_with_the_papers_sizes():
     assert torch.allclose(lenet(small), kit.lenet_by_functions(lenet, small), atol=1e-5)
     expected = kit.custom_by_functions(custom, odd)
     assert torch.allclose(custom(odd), expected, rtol=1e-3, atol=1e-4)
-    sizes = [
-        sum(p.numel() for p in network.parameters()) for network in (lenet, custom)
-    ]
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (lenet, custom)]
     c1, c3, c5 = 6 * (3 * 25 + 1), 16 * (6 * 25 + 1), 120 * (16 * 25 + 1)
     assert sizes[0] == c1 + c3 + c5 + 84 * (120 + 1) + 10 * (84 + 1)
     assert 3.5e6 < sizes[1] < 3.6e6
