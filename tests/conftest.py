@@ -549,7 +549,7 @@ GOOD = archive_of(IMAGES)
 MD5 = hashlib.md5(GOOD).hexdigest()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def known(monkeypatch):
     """A dataset `tiny`, two images in train and in val, whose archive is GOOD."""
     monkeypatch.setitem(kd.DATASETS, "tiny", (MD5, (2, 2)))

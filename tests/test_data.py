@@ -15,8 +15,6 @@ from torchvision.transforms import functional as tv
 
 import kd_utils as kd
 
-pytestmark = pytest.mark.usefixtures("known")
-
 
 # ── Archives ──────────────────────────────────────────────────────────────
 def test_archive_is_downloaded_until_it_is_whole_and_then_used(tmp_path):
