@@ -700,7 +700,8 @@ class Stage:
 
 
 def describe_loss(loss) -> dict:
-    """The numbers that a loss is given or uses from around it, and its source."""
+    """The numbers that a loss is given or uses from around it, and its source. Not seen
+    is what it reads by an attribute, a list, a tensor or another function."""
     parameters = inspect.signature(loss).parameters.items()
     values = {name: parameter.default for name, parameter in parameters}
     function = getattr(loss, "func", loss)  # of a `partial`
