@@ -14,7 +14,6 @@ import os
 import sys
 import tarfile
 import tempfile
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from http.client import HTTPException
 from itertools import product
+from numbers import Number
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -42,78 +42,6 @@ torch.backends.cudnn.benchmark = True  # on a GPU: tries the algorithms, keeps t
 DOWNLOAD_SECONDS = 60  # without an answer, before a download is given up
 CHECKPOINT_SECONDS = 300  # at least, between two checkpoints
 progress = partial(tqdm, file=sys.stdout, ncols=100, leave=False, mininterval=2)
-
-
-# ── Settings ──────────────────────────────────────────────────────────────
-@dataclass(frozen=True)
-class Settings:
-    """Every number of a study. `replace(SETTINGS, epochs=30)` makes a changed copy."""
-
-    dataset: str  # a name in DATASETS, or a folder of your own
-    profile: str
-    data_dir: Path
-    runs_dir: Path  # checkpoints, which are the results, too
-    teacher_weights: str | None  # torchvision's name, a file, or None: random weights
-    image_size: int = 128  # pixels a side
-    batch_size: int = 64
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # a student per network, arm and seed
-    epochs: int = 20  # passes of every student over the training images
-    teacher_epochs: int = 2  # the same for the teacher
-    trial_epochs: int = 6  # the same for students that help to choose settings
-    temperature: float = 4.0
-    alpha: float = 0.9  # weight of the *distillation* term; the labels get 1 − alpha
-    learning_rate: float = 4e-3  # at its peak
-    weight_decay: float = 0.05
-    teacher_learning_rate: float = 2e-4
-    min_crop: float = 0.35  # the least share of an image's area that is shown
-    stream_seed: int = 0  # of the batches, which all students share
-    trial_seed: int = 100  # of the students that help to choose settings
-
-
-PROFILES = {  # what differs from the defaults above
-    "full": {},
-    "small": {
-        "image_size": 96,
-        "seeds": (0, 1, 2),
-        "epochs": 16,
-        "teacher_epochs": 1,
-    },
-    "demo": {
-        "image_size": 64,
-        "batch_size": 32,
-        "seeds": (0, 1),
-        "epochs": 3,
-        "teacher_epochs": 1,
-        "trial_epochs": 1,
-    },
-}
-
-
-def choose_settings(dataset: str, profile: str | None = None) -> Settings:
-    """The settings of a profile; without one, of KD_PROFILE's or the device's.
-    KD_DATA_DIR, KD_RUNS_DIR and KD_TEACHER_WEIGHTS (name or file) are obeyed."""
-    suited = "full" if DEVICE.type == "cuda" else "small"
-    profile = profile or os.getenv("KD_PROFILE") or suited
-    if profile not in PROFILES:
-        raise ValueError(f"profile {profile!r} is none of {', '.join(PROFILES)}")
-    if DEVICE.type == "cpu":
-        print(f"No GPU: {profile!r}. demo takes minutes, small hours, full a day.")
-        print("In Colab: Runtime → Change runtime type → T4 GPU.")
-
-    is_demo = profile == "demo"
-    weights = Path(os.getenv("KD_TEACHER_WEIGHTS") or "IMAGENET1K_V1").expanduser()
-    runs_dir = Path(os.getenv("KD_RUNS_DIR") or "runs").expanduser()
-    known = is_demo or str(weights) in ResNet50_Weights.__members__
-    if not known and not weights.is_file():
-        raise FileNotFoundError(f"KD_TEACHER_WEIGHTS: there is no file {weights}")
-    return Settings(
-        dataset="demo" if is_demo and dataset in DATASETS else dataset,
-        profile=profile,
-        data_dir=Path(os.getenv("KD_DATA_DIR") or "data").expanduser(),
-        runs_dir=runs_dir / f"{Path(dataset).name}-{profile}",
-        teacher_weights=None if is_demo else str(weights),
-        **PROFILES[profile],
-    )
 
 
 @cache
@@ -173,8 +101,8 @@ CLASS_NAMES = {  # of the folders that ImageNet calls by number
 
 
 def count_images(folder: Path) -> tuple[int, int]:
-    train, val = (list(folder.glob(f"{s}/*/[!.]*.JPEG")) for s in ("train", "val"))
-    return len(train), len(val)
+    train, val = folder.glob("train/*/[!.]*.JPEG"), folder.glob("val/*/[!.]*.JPEG")
+    return len(list(train)), len(list(val))
 
 
 def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Path:
@@ -188,39 +116,41 @@ def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Pat
 
     folder = Path(root, name).expanduser()
     known_md5, expected = DATASETS[name]
-    if count_images(folder) == expected:
+    found = count_images(folder)
+    if found == expected:
         return folder
 
-    state = f"{folder} holds {count_images(folder)} images, expected {expected}"
+    state = f"holds {found} images in train and val, not {expected}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         fresh = Path(scratch, name)
         if name == "demo":
             draw_demo_dataset(fresh)
         else:
-            fetch_archive(f"{base_url}/{name}.tgz", scratch, md5 or known_md5, state)
+            advice = f"{folder} {state}. Try later, or unpack the archive there."
+            fetch_archive(f"{base_url}/{name}.tgz", scratch, md5 or known_md5, advice)
         if count_images(fresh) != expected:
             raise ValueError(f"{name}.tgz: {count_images(fresh)}, expected {expected}")
-        if count_images(folder) != expected:  # else another notebook was faster
-            set_aside(folder, f"holds {count_images(folder)}, expected {expected}")
-            rename(fresh, folder)
+        set_aside(folder, state)
+        rename(fresh, folder)
     return folder
 
 
-def fetch_archive(url: str, folder: str, md5: str, state: str) -> None:
+def fetch_archive(url: str, folder: str, md5: str, advice: str) -> None:
     """Downloads an archive, trying three times, and unpacks it into `folder`."""
     for _ in range(3):
         try:
             with urlopen(url, timeout=DOWNLOAD_SECONDS) as answer:
                 archive = answer.read()
-            if hashlib.md5(archive).hexdigest() == md5:
+            found = hashlib.md5(archive).hexdigest()
+            if found == md5:
                 break
-            problem = "a file with another MD5"
+            problem = f"a file with MD5 {found}, not {md5}"
         except (OSError, HTTPException) as error:
             problem = error
+        time.sleep(DOWNLOAD_SECONDS / 10)
     else:
-        advice = f"Try later, or unpack it into {Path(folder).parent} yourself."
-        raise ConnectionError(f"{state}. {url} gave {problem}. {advice}")
+        raise ConnectionError(f"{url} gave {problem}. {advice}")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
 
@@ -228,20 +158,18 @@ def fetch_archive(url: str, folder: str, md5: str, state: str) -> None:
 def draw_demo_dataset(folder: Path) -> None:
     """Draws ten classes of shapes, laid out like the real datasets."""
     rng = np.random.default_rng(0)
-    shapes = ("triangle", "square", "pentagon", "hexagon", "disc")
-    corners = (3, 4, 5, 6, 30)
     train, val = DATASETS["demo"][1]
     for index in range(train + val):
-        kind, colour = index % 5, ("gold", "plum")[index // 5 % 2]
+        corners, colour = 3 + index % 5, ("gold", "plum")[index // 5 % 2]
         noise = rng.integers(0, 140, (12, 12, 3), dtype=np.uint8)
         image = Image.fromarray(noise).resize((96, 96))
         circle = rng.integers([34, 34, 20], [62, 62, 34]).tolist()  # x, y, radius
-        ImageDraw.Draw(image).regular_polygon(circle, corners[kind], fill=colour)
+        ImageDraw.Draw(image).regular_polygon(circle, corners, fill=colour)
 
         # As in the real data, some images of val come from ImageNet's own val.
         split = "train" if index < train else "val"
         stem = "ILSVRC2012_val" if train <= index < train + 40 else "drawn"
-        path = folder / split / f"{colour} {shapes[kind]}" / f"{stem}_{index:08d}.JPEG"
+        path = folder / split / f"{colour} {corners}-gon" / f"{stem}_{index:08d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=90)
 
@@ -298,19 +226,17 @@ def load_split(folder, split: str, size: int) -> Split:
     """Decodes the images in `<folder>/<split>/<class>/`, on all cores. Raises
     FileNotFoundError if none are there, ValueError if they cannot be read."""
     folder = Path(folder, split)
-    visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
-    names = [path.name for path in visible if path.is_dir()]
+    names = sorted(path.name for path in folder.glob("[!.]*/"))  # of folders
     if len(names) < 2:
         raise ValueError(f"{folder} needs two or more class folders, has {names}")
 
     files = sorted(folder.glob("[!.]*/[!.]*"))
     paths = [path for path in files if is_image_file(path.name)]
+    empty = set(names) - {path.parent.name for path in paths}
+    if empty:
+        raise FileNotFoundError(f"{folder}: no image in {sorted(empty)}")
     if len(paths) < len(files):
         print(f"{folder}: {len(files) - len(paths)} files, no images, are left out")
-    targets = torch.tensor([names.index(path.parent.name) for path in paths])
-    for label, name in enumerate(names):
-        if label not in targets:
-            raise FileNotFoundError(f"{folder / name} holds no image")
 
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -318,6 +244,7 @@ def load_split(folder, split: str, size: int) -> Split:
         for index, image in enumerate(progress(decoded, split, len(paths))):
             images[index] = image
     classes = tuple(CLASS_NAMES.get(name, name) for name in names)
+    targets = torch.tensor([names.index(path.parent.name) for path in paths])
     is_new = torch.tensor([path.name.startswith("ILSVRC2012_val_") for path in paths])
     return Split(images.to(DEVICE), targets.to(DEVICE), classes, is_new.to(DEVICE))
 
@@ -340,8 +267,8 @@ def draw_views(count: int, min_crop: float) -> Tensor:
     y = (2 * torch.rand(count) - 1) * (1 - height)
     mirror = torch.where(torch.rand(count) < 0.5, -1, 1)
     zero = torch.zeros(count)
-    views = torch.stack([width * mirror, zero, x, zero, height, y], dim=1)
-    return views.view(count, 2, 3)
+    rows = [width * mirror, zero, x, zero, height, y]
+    return torch.stack(rows, dim=1).view(count, 2, 3)
 
 
 def augment(images: Tensor, views: Tensor) -> Tensor:
@@ -359,7 +286,7 @@ def normalise(images: Tensor) -> Tensor:
     return torch.stack(channels, dim=1).contiguous(memory_format=torch.channels_last)
 
 
-def augmented_batches(split: Split, settings: Settings, epoch: int):
+def augmented_batches(split: Split, settings, epoch: int):
     """Yields an epoch's (images [B, 3, S, S] float32 normalised, targets [B]).
     Chance follows from (stream_seed, epoch). A last, incomplete batch is dropped."""
     with seeded(settings.stream_seed, epoch):
@@ -372,7 +299,7 @@ def augmented_batches(split: Split, settings: Settings, epoch: int):
         yield normalise(augment(images, views[batch])), targets
 
 
-# ── Models ────────────────────────────────────────────────────────────────
+# ── Models and their loss ─────────────────────────────────────────────────
 class ConvBlock(nn.Module):
     """A strided 3×3 convolution halves the resolution, a residual one refines it."""
 
@@ -429,7 +356,8 @@ STUDENTS = {"Custom CNN": CustomCNN, "LeNet-5": LeNet5}
 
 def build_teacher(num_classes: int, weights: str | None = "IMAGENET1K_V1") -> nn.Module:
     """torchvision's ResNet-50 (He et al., 2016) with a new last layer.
-    `weights` as in `Settings`; ValueError if they cannot be had or do not fit."""
+    `weights`: torchvision's name of them, a file of a state dict, or None for random
+    ones; ValueError if they cannot be had or do not fit."""
     network = resnet50()
     if weights:
         path = Path(weights)
@@ -454,7 +382,6 @@ def build_teacher(num_classes: int, weights: str | None = "IMAGENET1K_V1") -> nn
     return network
 
 
-# ── Loss ──────────────────────────────────────────────────────────────────
 def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha):
     """alpha · T² · KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − alpha) · CE
 
@@ -481,15 +408,15 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 class Student:
     """A network that learns. Its stage opens it for an epoch, `end_epoch` closes it."""
 
-    def __init__(self, network, name, arm, seed, loss, settings, total_steps):
+    def __init__(self, network, name, arm, seed, loss, settings, steps):
         self.network = network.to(DEVICE, memory_format=torch.channels_last)
-        self.name, self.arm, self.seed = name, arm, seed
+        self.key = (name, arm, seed)
+        self.name, self.arm, self.seed = self.key
         self.loss = loss  # of (student_logits, teacher_logits or None, targets)
-        decay, peak = settings.weight_decay, settings.learning_rate
-        optimizer = AdamW(network.parameters(), weight_decay=decay, fused=True)
-        self.optimizer = optimizer
+        peak, decay = settings.learning_rate, settings.weight_decay
+        self.optimizer = AdamW(network.parameters(), weight_decay=decay, fused=True)
         # One cycle (Smith & Topin, 2018): up in 30 % of the steps, then down to 0
-        self.schedule = OneCycleLR(optimizer, peak, total_steps, cycle_momentum=False)
+        self.schedule = OneCycleLR(self.optimizer, peak, steps, cycle_momentum=False)
         fp16 = choose_precision() is torch.float16  # its small gradients would become 0
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=fp16)
 
@@ -503,7 +430,8 @@ class Student:
         return f"{self.name}, {self.arm}, seed {self.seed}"
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] ─► logits [B, C], in training mode; dropout by (seed, step)."""
+        """[B, 3, S, S] ─► logits [B, C], in training mode; dropout by (seed, step).
+        Raises RuntimeError outside of an epoch, ValueError for another output."""
         if not self.is_open:
             raise RuntimeError(f"{self} is not in training; for answers: kd.predict")
         self.network.train()
@@ -536,13 +464,9 @@ class Student:
         self.history["loss"].append(losses[losses.isfinite()].mean().item())
         self.history["train_accuracy"].append(on_sample.mean().item())
         self.history["val_accuracy"].append(on_val.mean().item())
-        self.losses = []
 
     def state_dict(self) -> dict:
         return {
-            "name": self.name,
-            "arm": self.arm,
-            "seed": self.seed,
             "history": self.history,
             "logits": self.logits,
             "network": self.network.state_dict(),
@@ -552,7 +476,7 @@ class Student:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.history, self.logits, self.losses = state["history"], state["logits"], []
+        self.history, self.logits = state["history"], state["logits"]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -561,13 +485,17 @@ class Student:
 
 
 class Stage:
-    """Students that learn together: one per arm, network and seed. `losses` is {arm:
-    loss}, `networks` {name: build(num_classes)}, `splits` (train, val). The checkpoint
-    is `<runs_dir>/<name>.pt`. ValueError for a teacher or classes that do not suit."""
+    """Students that learn together, one per arm, network and seed.
+
+    `losses`: {arm: loss}; `networks`: {name: build(num_classes)}; `splits`: train, val.
+    `settings` has dataset, runs_dir, seeds, epochs, batch_size, learning_rate,
+    weight_decay, min_crop, stream_seed. `teacher`: [B, 3, S, S] ─► [B, C], or None, is
+    frozen here. Checkpoint: `<runs_dir>/<name>.pt`. ValueError if classes differ."""
 
     def __init__(self, name, losses, settings, splits, networks=STUDENTS, teacher=None):
-        self.name, self.settings, self.teacher = name, settings, teacher
+        self.name, self.settings = name, settings
         self.train, self.val = splits
+        self.teacher = teacher.eval().requires_grad_(False) if teacher else None
         self.path = settings.runs_dir / f"{name}.pt"
         self.steps = max(1, len(self.train) // settings.batch_size)  # an epoch
         self.seconds = []  # since the start, at the end of each epoch
@@ -577,9 +505,6 @@ class Stage:
         taught = getattr(teacher, "trained_on", classes)
         if not classes == self.val.classes == taught:
             raise ValueError(f"classes differ: {classes}, {self.val.classes}, {taught}")
-        weights = list(teacher.parameters()) if teacher else []
-        if teacher and (teacher.training or any(w.requires_grad for w in weights)):
-            raise ValueError("freeze the teacher first: .eval().requires_grad_(False)")
 
         total = settings.epochs * self.steps
         for arm, kind, seed in product(losses, networks, settings.seeds):
@@ -595,7 +520,6 @@ class Stage:
         weights = self.teacher.state_dict().values() if self.teacher else []
         return {
             "dataset": Path(self.settings.dataset).name,
-            "training images": len(self.train),
             "content of train": self.train.fingerprint(),
             "content of val": self.val.fingerprint(),
             "image size": self.train.images.shape[-1],
@@ -624,7 +548,7 @@ class Stage:
 
         for epoch in range(len(self.seconds), self.settings.epochs):
             for student in self.students:
-                student.is_open = True
+                student.is_open, student.losses = True, []
             yield epoch
 
             self.check_finite(sample)
@@ -660,10 +584,8 @@ class Stage:
         for student in self.students:
             accuracy = 100 * student.history["val_accuracy"][epoch]
             values.setdefault(f"{student.name} {student.arm}", []).append(accuracy)
-        means = [f"{key} {np.mean(found):.1f}" for key, found in values.items()]
-        whole = [mean.replace(" ", "\N{NO-BREAK SPACE}") for mean in means]
-        start = f"epoch {epoch + 1:2} | {self.seconds[epoch] / 60:5.1f} min | "
-        return textwrap.fill(start + ", ".join(whole), 100, subsequent_indent=" " * 23)
+        means = ", ".join(f"{key} {np.mean(v):.1f}" for key, v in values.items())
+        return f"epoch {epoch + 1:2} | {self.seconds[epoch] / 60:5.1f} min | {means}"
 
     def save(self) -> None:
         """Writes aside and renames: the file is always whole."""
@@ -672,7 +594,7 @@ class Stage:
             "record": self.record,
             "machine": f"{device}, torch {torch.__version__}",
             "seconds": self.seconds,
-            "students": [student.state_dict() for student in self.students],
+            "students": {s.key: s.state_dict() for s in self.students},
         }
         aside = self.path.with_suffix(f".{os.getpid()}.tmp")
         torch.save(checkpoint, aside)
@@ -680,36 +602,36 @@ class Stage:
 
     def restore(self) -> None:
         """Loads what an earlier run left, if that had the same record."""
-        saved = read_checkpoint(self.path)
+        saved = read_checkpoint(self.path) if self.path.exists() else None
         changes = differences(saved["record"], self.record) if saved else []
         if changes:
             set_aside(self.path, f"has other settings: {'; '.join(changes[:3])}")
         elif saved:
-            for state in saved["students"]:  # arms may stand in another order
-                key = f"{state['name']}, {state['arm']}, seed {state['seed']}"
-                [student] = [one for one in self.students if str(one) == key]
-                student.load_state_dict(state)
+            for student in self.students:
+                student.load_state_dict(saved["students"][student.key])
             self.seconds = saved["seconds"]
             print(f"From {self.path}:")
             for epoch in range(len(self.seconds)):
                 print(self.log_line(epoch))
         elif any(student.steps for student in self.students):
-            raise RuntimeError(
-                f"{self.name} was left before it was saved: make it anew"
-            )
+            raise RuntimeError(f"{self.name} was left unsaved: make it anew")
 
 
 def describe_loss(loss) -> dict:
-    """The numbers that a loss is given or uses from around it, and its source. Not seen
-    is what it reads by an attribute, a list, a tensor or another function."""
-    parameters = inspect.signature(loss).parameters.items()
-    values = {name: parameter.default for name, parameter in parameters}
+    """A loss's source, and the numbers that it is given or finds around it, also as an
+    attribute, such as SETTINGS.alpha; not tensors, nor functions that it calls."""
     function = getattr(loss, "func", loss)  # of a `partial`
+    values = {"arguments": getattr(loss, "args", ()), **getattr(loss, "__dict__", {})}
+    for name, parameter in inspect.signature(loss).parameters.items():
+        values[name] = parameter.default
     if inspect.isfunction(function):
         used = inspect.getclosurevars(function)
-        values = {**used.globals, **used.nonlocals, **values}
-    simple = bool | int | float | str
-    numbers = {name: n for name, n in values.items() if isinstance(n, simple)}
+        for name, thing in (used.globals | used.nonlocals).items():
+            values.setdefault(name, thing)
+            for attribute in function.__code__.co_names:
+                values[f"{name}.{attribute}"] = getattr(thing, attribute, None)
+    simple = Number | str | list | tuple
+    numbers = {name: str(v) for name, v in values.items() if isinstance(v, simple)}
     return {**numbers, "source": source_of(function)}
 
 
@@ -731,9 +653,8 @@ def source_of(thing) -> str:
     """The source text of a function, or of an object's class."""
     try:
         return inspect.getsource(thing if inspect.isroutine(thing) else type(thing))
-    except (OSError, TypeError):  # typed at a prompt: its byte code, if it has any
-        code = getattr(thing, "__code__", None)
-        return f"{code.co_code.hex()} {code.co_names} {code.co_consts}" if code else ""
+    except (OSError, TypeError):  # typed at a prompt
+        return "unknown"
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -751,13 +672,9 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def read_checkpoint(path: Path) -> dict | None:
-    """A stage's file, on the CPU; None if there is none. A damaged one is set aside."""
-    if not path.exists():
-        return None
-    keys = ("record", "machine", "seconds", "students")
+    """A stage's file, on the CPU; None if it is damaged and was set aside."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: saved[key] for key in keys}
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in many ways
         set_aside(path, f"is no readable checkpoint ({type(error).__name__})")
         return None
@@ -817,9 +734,8 @@ def interval(gains) -> tuple[float, float, float]:
     by_seed = gains.mean(1).var(ddof=1) / seeds  # squared standard errors
     by_image = gains.mean(0).var(ddof=1) / images
     spread = by_seed**2 / (seeds - 1) + by_image**2 / (images - 1)
-    if spread == 0:
-        return mean, mean, mean
-    freedom = int((by_seed + by_image) ** 2 / spread + 1e-6)  # 4.0 stays 4
+    # Without any spread the half is 0, whatever the quantile. 1e-6: 4.0 stays 4.
+    freedom = int((by_seed + by_image) ** 2 / (spread or 1) + 1e-6)
     tens = min(freedom // 10, 10)
     quantile = T_TENS[tens - 1] if tens else T_UNITS[freedom - 1]
     half = quantile * math.sqrt(by_seed + by_image)
@@ -836,47 +752,37 @@ def verdict(gains) -> str:
 
 # ── Results: what the finished stages left in `runs_dir` ──────────────────
 class Results:
-    """All finished stages that were scored on `val`, on the CPU: `stages` are the files
-    by name, `students` {(network, arm): {seed: what a file holds}}, `teacher` its
-    logits or None. ValueError if they do not belong together."""
+    """All finished stages of a folder, on the CPU: `stages` is {name: file}, `students`
+    {(network, arm): {seed: state}}. ValueError if they do not belong together."""
 
-    EXPERIMENTS = ("Experiment 1", "Experiment 2")
-
-    def __init__(self, settings: Settings, val: Split):
+    def __init__(self, runs_dir: Path, val: Split):
         self.targets = val.targets.cpu()  # [N]
         self.never_seen = val.never_seen.cpu().numpy()  # [N] bool
-        self.students, self.teacher, self.stages = {}, None, {}
+        self.stages, self.students = {}, {}
         content = val.fingerprint()
-        for path in sorted(settings.runs_dir.glob("*.pt")):
+        for path in sorted(runs_dir.glob("*.pt")):
             saved = read_checkpoint(path)
             if not saved or len(saved["seconds"]) < saved["record"]["epochs"]:
                 continue
-            if saved["record"]["content of val"] == content:
-                self.stages[path.stem] = saved
-            elif path.stem in (*self.EXPERIMENTS, "teacher"):
-                raise ValueError(f"{path.stem}: scored on other images, run it again")
-        self.missing = [name for name in self.EXPERIMENTS if name not in self.stages]
+            if saved["record"]["content of val"] != content:
+                raise ValueError(f"{path} was scored on other images: run it again")
+            self.stages[path.stem] = saved
+            for (name, arm, seed), student in saved["students"].items():
+                self.students.setdefault((name, arm), {})[seed] = student
         self.check()
-
-        for name, saved in self.stages.items():
-            for student in saved["students"]:
-                key = (student["name"], student["arm"])
-                if name == "teacher":
-                    self.teacher = student["logits"]
-                else:
-                    self.students.setdefault(key, {})[student["seed"]] = student
 
     def check(self) -> None:
         """Refuses experiments that differ in more than losses and teacher."""
-        if not self.missing:
-            first, second = (self.stages[name]["record"] for name in self.EXPERIMENTS)
-            changes = differences(first, second)
-            changes = [c for c in changes if not c.startswith(("losses", "teacher "))]
-            if changes:
-                raise ValueError(f"Experiments 1 and 2 differ: {'; '.join(changes)}")
-        if "teacher" in self.stages and "Experiment 2" in self.stages:
-            weights = self.stages["teacher"]["students"][0]["network"].values()
-            if fingerprint(weights) != self.stages["Experiment 2"]["record"]["teacher"]:
+        records = {name: saved["record"] for name, saved in self.stages.items()}
+        if {"Experiment 1", "Experiment 2"} <= records.keys():
+            found = differences(records["Experiment 1"], records["Experiment 2"])
+            found = [one for one in found if not one.startswith(("losses", "teacher"))]
+            if found:
+                raise ValueError(f"Experiments 1 and 2 differ: {'; '.join(found)}")
+        if {"teacher", "Experiment 2"} <= records.keys():
+            [teacher] = self.stages["teacher"]["students"].values()
+            weights = fingerprint(teacher["network"].values())
+            if weights != records["Experiment 2"]["teacher"]:
                 raise ValueError("Experiment 2 had another teacher: run it again")
 
     def values(self, network: str, arm: str, metric=right) -> dict[int, np.ndarray]:
@@ -888,17 +794,4 @@ class Results:
         """[seeds, …]: `arm` − `other`, paired by seed; with `right`, [seeds, N]."""
         first = self.values(network, arm, metric)
         second = self.values(network, other, metric)
-        return np.array(
-            [first[seed] - second[seed] for seed in first if seed in second]
-        )
-
-
-class Portable(nn.Module):
-    """A network to take away: uint8 [B, 3, S, S] in, probabilities [B, C] out."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(normalise(images)).softmax(1)
+        return np.array([first[s] - second[s] for s in first if s in second])

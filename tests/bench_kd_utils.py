@@ -17,29 +17,21 @@ from itertools import product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from conftest import Settings, label_loss
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kd_utils as kd
 
 kd.progress = lambda *given, **named: tqdm(*given, **named | {"disable": True})
 
 
-def label_loss(student_logits, teacher_logits, targets):
-    return F.cross_entropy(student_logits.float(), targets)
-
-
 distilled = partial(kd.distillation_loss, temperature=2.0, alpha=0.5)
-LOSSES = {
-    "alone": label_loss,
-    "class mean": distilled,
-    "distilled": distilled,
-}  # alike in cost
+# Alike in cost
+LOSSES = {"alone": label_loss, "class mean": distilled, "distilled": distilled}
 
 
 def seconds(work):
@@ -69,12 +61,8 @@ class Bench:
         whole = kd.load_split(self.folder, "train", size)
         self.chosen = torch.linspace(0, len(whole) - 1, min(images, len(whole))).long()
         self.split = whole.subset(self.chosen.to(kd.DEVICE))
-        self.settings = replace(
-            kd.choose_settings("imagewoof2-160", "demo"),
-            image_size=size,
-            batch_size=batch_size,
-            seeds=(0, 1, 2),
-        )
+        self.size = size
+        self.settings = Settings(None, seeds=(0, 1, 2), epochs=1, batch_size=batch_size)
         self.teacher = kd.build_teacher(10, None).eval().requires_grad_(False)
         self.teacher.to(kd.DEVICE, memory_format=torch.channels_last)
         print(
@@ -84,26 +72,18 @@ class Bench:
         print("| what | measured |\n|---|--:|")
 
     def loader(self):
-        size = self.settings.image_size
         transform = v2.Compose(
             [
-                v2.RandomResizedCrop(size, scale=(0.35, 1.0)),
+                v2.RandomResizedCrop(self.size, scale=(0.35, 1.0)),
                 v2.RandomHorizontalFlip(),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
             ]
         )
-        images = Subset(
-            ImageFolder(self.folder / "train", transform), self.chosen.tolist()
-        )
-        return DataLoader(
-            images,
-            self.settings.batch_size,
-            shuffle=True,
-            num_workers=2,
-            drop_last=True,
-        )
+        folder = ImageFolder(self.folder / "train", transform)
+        images, count = Subset(folder, self.chosen.tolist()), self.settings.batch_size
+        return DataLoader(images, count, shuffle=True, num_workers=2, drop_last=True)
 
     def input_path(self):
         loader = self.loader()
@@ -112,11 +92,8 @@ class Bench:
             lambda: [None for _ in loader],
             lambda: [None for _ in kd.augmented_batches(self.split, self.settings, 0)],
         )
-        show(
-            "1 input path: ImageFolder with DataLoader ÷ ours",
-            times[0] / times[1],
-            ".1f",
-        )
+        what = "1 input path: ImageFolder with DataLoader ÷ ours"
+        show(what, times[0] / times[1], ".1f")
 
     def ours(self, count=None, split=None, networks=kd.STUDENTS, losses=LOSSES):
         split = split or self.split
@@ -149,10 +126,8 @@ class Bench:
 
     def study(self):
         times = alternate(self.repeats, self.tutorial, self.ours)
-        show(
-            "2 a study, 18 students, one epoch: a loop per student ÷ ours",
-            times[0] / times[1],
-        )
+        what = "2 a study, 18 students, one epoch: a loop per student ÷ ours"
+        show(what, times[0] / times[1])
 
     def arithmetic(self):
         square = torch.randn(2048, 2048, device=kd.DEVICE, dtype=kd.choose_precision())
@@ -184,10 +159,8 @@ class Bench:
             split = self.split.subset(every)
             work = partial(self.ours, count, split, cnn, alone)
             milliseconds = 1000 * alternate(self.repeats, work)[0] / len(split)
-            show(
-                f"4 teacher, {count} CNN, {len(split)} images: ms an image",
-                milliseconds,
-            )
+            what = f"4 teacher, {count} CNN, {len(split)} images: ms an image"
+            show(what, milliseconds)
 
 
 if __name__ == "__main__":

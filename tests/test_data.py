@@ -1,41 +1,91 @@
 """The way from an archive, or a folder of one's own, to augmented batches."""
 
 import hashlib
-import re
+import io
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 
-import conftest as kit
 import numpy as np
 import pytest
 import torch
-from conftest import GOOD, IMAGES, archive_of, image_of, make_split, photograph, serving
+from conftest import make_split
 from PIL import Image
 from torchvision.transforms import functional as tv
 
 import kd_utils as kd
 
 
+def photograph(mode="RGB"):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
 # ── Archives ──────────────────────────────────────────────────────────────
-def test_archive_is_downloaded_until_it_is_whole_and_then_used(tmp_path):
-    changed = GOOD[:99] + b"?" + GOOD[100:]
-    with serving(GOOD[:-20], changed, GOOD) as (url, asked):
-        folder = kd.download_dataset("tiny", tmp_path, url)
-        assert kd.download_dataset("tiny", tmp_path, url) == folder == tmp_path / "tiny"
-    assert asked == ["/tiny.tgz"] * 3
+def archive_of(places, *specials):
+    """A .tgz with a photograph in each place, and other members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for place in places:
+            info = tarfile.TarInfo(f"tiny/{place}/x.JPEG")
+            info.size = len(photograph())
+            tar.addfile(info, io.BytesIO(photograph()))
+        for info in specials:
+            tar.addfile(info)
+    return buffer.getvalue()
+
+
+PLACES = ("train/a", "train/b", "val/a", "val/b")
+GOOD = archive_of(PLACES)
+WRONG = GOOD[:99] + b"?" + GOOD[100:]
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Makes the internet answer so, the last answer for ever; lists what is asked.
+    The dataset `tiny` is the first answer's, or that of `archive`."""
+
+    def start(*answers, archive=GOOD):
+        asked, left = [], iter(answers)
+
+        def urlopen(url, timeout):
+            asked.append(url)
+            assert timeout == 0.01
+            answer = next(left, answers[-1])
+            if isinstance(answer, Exception):
+                raise answer
+            return io.BytesIO(answer)
+
+        monkeypatch.setitem(
+            kd.DATASETS, "tiny", (hashlib.md5(archive).hexdigest(), (2, 2))
+        )
+        monkeypatch.setattr(kd, "DOWNLOAD_SECONDS", 0.01)
+        monkeypatch.setattr(kd, "urlopen", urlopen)
+        return asked
+
+    return start
+
+
+def test_archive_is_downloaded_until_it_is_whole_and_then_used(tmp_path, serve):
+    asked = serve(GOOD[:-20], WRONG, GOOD)
+    folder = kd.download_dataset("tiny", tmp_path, "https://x")
+    assert kd.download_dataset("tiny", tmp_path) == folder == tmp_path / "tiny"
+    assert asked == ["https://x/tiny.tgz"] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-@pytest.mark.parametrize("answer", [GOOD[:-20], b"", kit.SILENCE])
-def test_archive_that_cannot_be_had_is_given_up(tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(kd, "DOWNLOAD_SECONDS", 0.2)
+@pytest.mark.parametrize("answer", [GOOD[:-20], TimeoutError("no answer")])
+def test_archive_that_cannot_be_had_is_given_up(tmp_path, serve, answer):
     (tmp_path / "tiny/train/a").mkdir(parents=True)
     (tmp_path / "tiny/train/a/x.JPEG").write_bytes(photograph())
-    with serving(answer) as (url, asked), pytest.raises(ConnectionError) as error:
-        kd.download_dataset("tiny", tmp_path, url)
-    reason = {GOOD[:-20]: "MD5", b"": "404"}.get(answer, "timed out")
-    for told in (str(tmp_path / "tiny"), "(1, 0)", "(2, 2)", url, reason):
-        assert told in str(error.value)
+    asked = serve(answer)
+    with pytest.raises(ConnectionError) as error:
+        kd.download_dataset("tiny", tmp_path, "https://x")
+    reason = "no answer"
+    if isinstance(answer, bytes):
+        reason = f"MD5 {hashlib.md5(answer).hexdigest()}, not {kd.DATASETS['tiny'][0]}"
+    for told in (tmp_path / "tiny", "(1, 0)", "(2, 2)", "https://x/tiny.tgz", reason):
+        assert str(told) in str(error.value)
     assert len(asked) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
@@ -44,47 +94,53 @@ SPECIAL = tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, *SPECIAL])
-def test_members_that_escape_are_refused(tmp_path, kind):
-    name = "../escaped" if kind == tarfile.REGTYPE else "tiny/special"
-    member = tarfile.TarInfo(name)
+def test_members_that_escape_are_refused(tmp_path, serve, kind):
+    member = tarfile.TarInfo("../out" if kind == tarfile.REGTYPE else "tiny/special")
     member.type, member.linkname = kind, "../../outside"
-    evil = archive_of({**IMAGES, name: member})
-    md5 = hashlib.md5(evil).hexdigest()
-    with serving(evil) as (url, _), pytest.raises(tarfile.FilterError):
-        kd.download_dataset("tiny", tmp_path / "root", url, md5=md5)
+    evil = archive_of(PLACES, member)
+    serve(evil, archive=evil)
+    with pytest.raises(tarfile.FilterError):
+        kd.download_dataset("tiny", tmp_path / "root")
     assert [path.name for path in tmp_path.rglob("*")] == ["root"]
 
 
-def test_folder_or_archive_with_too_few_images_is_not_used(tmp_path, capsys):
-    small = archive_of(dict(list(IMAGES.items())[:3]))
-    md5 = hashlib.md5(small).hexdigest()
-    with serving(GOOD, small) as (url, _):
-        folder = kd.download_dataset("tiny", tmp_path, url)
-        with pytest.raises(ValueError, match=r"tiny\.tgz.*\(2, 1\).*\(2, 2\)"):
-            kd.download_dataset("tiny", tmp_path / "other", url, md5=md5)
+def test_folder_or_archive_with_too_few_images_is_not_used(tmp_path, serve, capsys):
+    small = archive_of(PLACES[:3])
+    serve(small, archive=small)
+    with pytest.raises(ValueError, match=r"tiny\.tgz.*\(2, 1\).*\(2, 2\)"):
+        kd.download_dataset("tiny", tmp_path)
+    serve(GOOD)
+    folder = kd.download_dataset("tiny", tmp_path)
     (folder / "val" / "b" / "x.JPEG").unlink()
-    with serving(GOOD) as (url, _):
-        kd.download_dataset("tiny", tmp_path, url)
+    kd.download_dataset("tiny", tmp_path)
     assert kd.count_images(folder) == (2, 2)
     assert kd.count_images(tmp_path / "tiny.1") == (2, 1)
-    assert re.search(r"tiny .*\(2, 1\).*\(2, 2\)", capsys.readouterr().out)
+    assert "tiny holds (2, 1) images" in capsys.readouterr().out
 
 
-def test_two_notebooks_may_draw_the_demo_at_once(tmp_path):
-    with ProcessPoolExecutor(2) as pool:
-        folders = list(pool.map(kd.download_dataset, ["demo"] * 2, [tmp_path] * 2))
-    assert folders == [tmp_path / "demo"] * 2 and len(list(tmp_path.iterdir())) == 1
-    val = kd.load_split(folders[0], "val", 32)
+def test_demo_is_drawn_like_the_real_datasets(tmp_path):
+    folder = kd.download_dataset("demo", tmp_path)
+    val = kd.load_split(folder, "val", 32)
     assert val.images.shape == (100, 3, 32, 32) and val.images.dtype is torch.uint8
-    assert val.classes[0] == "gold disc" and (val.targets.bincount() == 10).all()
+    assert val.classes[0] == "gold 3-gon" and (val.targets.bincount() == 10).all()
     assert val.never_seen.sum() == 40 and val.images.device.type == kd.DEVICE.type
 
 
 # ── A folder of one's own ─────────────────────────────────────────────────
+def own_folder(root, **classes):
+    """`root` with train and val, each with these classes of one image."""
+    for split in ("train", "val"):
+        for name, content in classes.items():
+            path = root / split / name / "one.jpg"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(content)
+    return root
+
+
 def test_folder_of_ones_own_keeps_its_names_and_order(tmp_path):
     modes = {"tabby, tabby cat": "L", "n03888257": "CMYK", "n01440764": "RGB"}
     images = {name: photograph(mode) for name, mode in modes.items()}
-    folder = kit.own_folder(tmp_path / "demo", **images)
+    folder = own_folder(tmp_path / "demo", **images)
     (folder / "train/n03888257/ILSVRC2012_val_7.JPEG").write_bytes(photograph())
     assert kd.download_dataset(str(folder)) == folder
     found = kd.load_split(folder, "train", 16)
@@ -94,12 +150,11 @@ def test_folder_of_ones_own_keeps_its_names_and_order(tmp_path):
 
 
 def test_what_is_hidden_or_unknown_is_left_out(tmp_path, capsys):
-    folder = kit.own_folder(tmp_path / "pets", cat=photograph(), dog=photograph())
-    for hidden in (".ipynb_checkpoints/x.jpg", "cat/._one.jpg", "cat/.DS_Store"):
-        (folder / "train" / hidden).parent.mkdir(exist_ok=True)
-        (folder / "train" / hidden).write_bytes(b"nothing")
-    for unknown in ("cat/notes.txt", "dog/film.mp4"):
-        (folder / "train" / unknown).write_bytes(b"nothing")
+    folder = own_folder(tmp_path / "pets", cat=photograph(), dog=photograph())
+    hidden = (".ipynb_checkpoints/x.jpg", "cat/._one.jpg", "cat/.DS_Store", "x.txt")
+    for name in (*hidden, "cat/notes.txt", "dog/film.mp4"):
+        (folder / "train" / name).parent.mkdir(exist_ok=True)
+        (folder / "train" / name).write_bytes(b"nothing")
     found = kd.load_split(folder, "train", 16)
     assert found.classes == ("cat", "dog") and len(found) == 2
     assert f"{folder / 'train'}: 2 files" in capsys.readouterr().out
@@ -108,42 +163,42 @@ def test_what_is_hidden_or_unknown_is_left_out(tmp_path, capsys):
 def test_folders_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"'imagewolf'.*imagewoof2-160"):
         kd.download_dataset("imagewolf")
-    deep = kit.own_folder(tmp_path / "deep", pets=photograph())
+    deep = own_folder(tmp_path / "deep", pets=photograph())
     with pytest.raises(ValueError, match=r"two or more .*\['pets'\]"):
         kd.load_split(deep, "train", 16)
     (deep / "train" / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty holds no image"):
+    with pytest.raises(FileNotFoundError, match=r"train: no image in \['empty'\]"):
         kd.load_split(deep, "train", 16)
     (deep / "train" / "empty" / "broken.jpg").write_bytes(photograph()[:300])
     with pytest.raises(ValueError, match=r"cannot read the image .*broken\.jpg"):
         kd.load_split(deep, "train", 16)
 
 
-def test_images_are_upright_and_cut_at_the_centre(tmp_path):
+def test_images_are_upright_cut_at_the_centre_and_put_on_white(tmp_path):
+    def read(image, name="x.png", **options):
+        image.save(tmp_path / name, **options)
+        return kd.read_image(tmp_path / name, 32)
+
     stripes = np.zeros((64, 128, 3), dtype=np.uint8)  # red, green in the centre, blue
     stripes[:, :32, 0] = stripes[:, 32:96, 1] = stripes[:, 96:, 2] = 255
-    found = image_of(tmp_path, Image.fromarray(stripes))
+    found = read(Image.fromarray(stripes))
     assert found[:, :, 3:-3].float().mean((1, 2)).tolist() == [0, 255, 0]
 
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the left of the file is the top
     halves = np.zeros((32, 32, 3), dtype=np.uint8)
     halves[:, :16] = 255
-    found = image_of(tmp_path, Image.fromarray(halves), "x.jpg", exif=exif).float()
+    found = read(Image.fromarray(halves), "x.jpg", exif=exif).float()
     assert found[:, :14].mean() > 250 and found[:, 18:].mean() < 5
 
-
-def test_transparency_is_put_on_white_and_16_bit_grey_is_scaled(tmp_path):
-    clear = Image.new("RGBA", (32, 32), (200, 0, 0, 0))
-    assert (image_of(tmp_path, clear) == 255).all()
-    assert (image_of(tmp_path, Image.new("LA", (32, 32), (9, 0))) == 255).all()
+    assert (read(Image.new("RGBA", (32, 32), (200, 0, 0, 0))) == 255).all()
+    assert (read(Image.new("LA", (32, 32), (9, 0))) == 255).all()
     palette = Image.new("RGB", (32, 32), (200, 0, 0)).quantize(2)
-    first = palette.getpixel((0, 0))
-    assert (image_of(tmp_path, palette, transparency=first) == 255).all()
-    half = image_of(tmp_path, Image.new("RGBA", (32, 32), (200, 0, 0, 128)))
+    assert (read(palette, transparency=palette.getpixel((0, 0))) == 255).all()
+    half = read(Image.new("RGBA", (32, 32), (200, 0, 0, 128)))
     assert half[:, 9, 9].tolist() == pytest.approx([227, 127, 127], abs=1)
     grey = Image.fromarray(np.full((32, 32), 32896, dtype=np.uint16))
-    assert (image_of(tmp_path, grey) == 128).all()
+    assert (read(grey) == 128).all()
 
 
 # ── Batches ───────────────────────────────────────────────────────────────

@@ -1,32 +1,59 @@
-"""One stream for all students, steps as by hand, checkpoints that survive anything."""
+"""Stages: their steps, their teacher, their checkpoints, and what they notice."""
 
 import copy
 import math
+import multiprocessing
 import os
 import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import conftest as kit
 import pytest
 import torch
-from conftest import distilled, finish, make_split, make_stage, make_teacher, same, tiny
+import torch.nn.functional as F
+from conftest import (
+    distilled,
+    finish,
+    label_loss,
+    make_split,
+    make_stage,
+    make_teacher,
+    run_cells,
+    same,
+    tiny,
+)
 from torch import nn
 
 import kd_utils as kd
 
 
 # ── Steps ─────────────────────────────────────────────────────────────────
-def test_steps_are_adamw_and_one_cycle_by_hand(exact, settings, train):
-    numbers = {"learning_rate": 0.02, "weight_decay": 1.0}
-    settings = replace(settings, seeds=(3,), epochs=4, **numbers)
+def test_steps_are_adamw_with_one_cycle(exact, settings, train):
+    numbers = {"learning_rate": 0.02, "weight_decay": 1.0, "epochs": 4, "seeds": (3,)}
+    settings = replace(settings, **numbers)
     stage = make_stage(settings)
     train(stage)
 
     with kd.seeded(3):
         network = tiny(3)
-    kit.train_by_hand(network, settings)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1.0)
+    for step in range(12):
+        if step % 3 == 0:
+            batches = kd.augmented_batches(make_split(), settings, step // 3)
+        images, targets = next(batches)
+        # From a 25th of the peak up to it, then down to (almost) 0, along a cosine
+        top = 0.3 * 12 - 1
+        share = 0.52 - 0.48 * math.cos(math.pi * step / top)
+        if step > top:
+            share = 0.5 + 0.5 * math.cos(math.pi * (step - top) / (11 - top))
+        optimizer.param_groups[0]["lr"] = 0.02 * share
+        with kd.seeded(3, step):
+            loss = F.cross_entropy(network.train()(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     found = stage.students[0].network.state_dict()
     for name, value in network.state_dict().items():
         assert torch.allclose(found[name], value, rtol=1e-3, atol=2e-4), name
@@ -40,7 +67,8 @@ def test_pairs_start_alike_and_read_what_the_teacher_reads(exact, settings, trai
         return 0 * student_logits.sum()  # no gradient, so that they stay alike
 
     losses = {arm: partial(record, arm=arm) for arm in seen}
-    stage = make_stage(replace(settings, weight_decay=0.0), losses, make_teacher())
+    settings = replace(settings, weight_decay=0.0)
+    stage = make_stage(settings, losses, teacher=make_teacher())
     for network in (stage.teacher, *(student.network for student in stage.students)):
         network.register_forward_pre_hook(lambda module, x: read.append((module, x[0])))
     train(stage)
@@ -57,9 +85,7 @@ def test_pairs_start_alike_and_read_what_the_teacher_reads(exact, settings, trai
 
 
 def test_dropout_is_new_at_each_step_and_for_each_seed(settings):
-    def build(_):
-        return nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5))
-
+    build = lambda _: nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5))  # noqa: E731
     torch.manual_seed(1)
     callers = torch.get_rng_state()
     first, other = make_stage(settings, networks={"drop": build}).students
@@ -83,10 +109,9 @@ def test_students_learn_and_are_scored_on_train_and_val(settings, train):
         assert student.history["loss"][-1] < student.history["loss"][0]
         assert torch.equal(student.logits, kd.predict(student.network, val).cpu())
         for name, split, every in (("train", stage.train, 10), ("val", val, 1)):
-            answers = kd.predict(student.network, split).argmax(1).tolist()
-            pairs = list(zip(answers, split.targets.tolist(), strict=True))[::every]
+            hits = kd.predict(student.network, split).argmax(1) == split.targets
             score = student.history[f"{name}_accuracy"][-1]
-            assert score == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
+            assert score == pytest.approx(hits[::every].float().mean().item())
             assert score > 0.6 if name == "train" else score < 0.4
 
 
@@ -101,25 +126,39 @@ def test_student_outside_of_its_training_says_so(settings, train):
         assert same(student.network, before)
 
 
-@pytest.mark.parametrize("told, build", kit.NO_LOGITS.items())
-def test_output_that_is_no_logits_is_named(settings, train, told, build):
+class Pair(nn.Flatten):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize("last", [nn.Flatten(0), nn.Identity(), Pair()])
+def test_output_that_is_no_logits_is_named(settings, train, last):
+    networks = {"odd": lambda _: nn.Sequential(nn.Conv2d(3, 3, 1), last)}
+    told = {nn.Flatten: r"\[49152\]", Pair: "tuple"}.get(type(last), "16, 3, 32, 32")
     with pytest.raises(ValueError, match=r"odd, alone, seed 0.*\[B, C\].*" + told):
-        train(make_stage(settings, networks={"odd": build}))
+        train(make_stage(settings, networks=networks))
 
 
 # ── The teacher ───────────────────────────────────────────────────────────
-def test_teacher_is_bit_identical_after_training(settings, train):
-    teacher = kit.odd(3).to(kd.DEVICE).eval().requires_grad_(False)
+def odd(num_classes):
+    """A network with an attribute `classes`, a buffer of −inf and one of no element."""
+    network = tiny(num_classes)
+    network.classes = 1000
+    network.register_buffer("mask", torch.full((3,), -torch.inf))
+    network.register_buffer("nothing", torch.empty(0))
+    return network
+
+
+def test_teacher_is_frozen_and_bit_identical_after_training(settings, train):
+    teacher = odd(3).to(kd.DEVICE).train()
     before = copy.deepcopy(teacher)
-    train(make_stage(settings, {"d": distilled}, teacher, networks={"odd": kit.odd}))
-    assert same(teacher, before) and not teacher.training
-    assert all(weight.grad is None for weight in teacher.parameters())
+    train(make_stage(settings, {"d": distilled}, teacher=teacher, networks={"o": odd}))
+    assert same(teacher, before) and not any(m.training for m in teacher.modules())
+    weights = list(teacher.parameters())
+    assert not any(w.requires_grad for w in weights) and weights[0].grad is None
 
 
-def test_teacher_that_could_change_or_has_other_classes_is_refused(settings):
-    for thaw in (nn.Module.train, nn.Module.requires_grad_):
-        with pytest.raises(ValueError, match="freeze the teacher first"):
-            make_stage(settings, teacher=thaw(make_teacher()))
+def test_teacher_of_other_classes_is_refused(settings):
     teacher, val = make_teacher(), make_split(24)
     teacher.trained_on = val.classes = ("green", "red", "blue")
     for changes in ({"teacher": teacher}, {"splits": (make_split(), val)}):
@@ -129,23 +168,26 @@ def test_teacher_that_could_change_or_has_other_classes_is_refused(settings):
     assert learner.trained_on == ("red", "green", "blue")
 
 
-def test_new_layer_of_the_teacher_follows_the_seed(settings, monkeypatch):
-    monkeypatch.setattr(kd, "resnet50", kit.tiny_resnet)
-    networks = {"ResNet": partial(kd.build_teacher, weights=None)}
-    made = [make_stage(settings, networks=networks).students for _ in range(2)]
-    layers = [student.network.fc for students in made for student in students]
-    assert same(layers[0], layers[2]) and not same(layers[0], layers[1])
-
-
 # ── Numbers that are not finite ───────────────────────────────────────────
+def breaking(at):
+    """A loss that is NaN at these calls."""
+    calls = iter(range(10_000))
+
+    def loss(student_logits, teacher_logits, targets):
+        factor = math.nan if next(calls) in at else 1
+        return label_loss(student_logits, None, targets) * factor
+
+    return loss
+
+
 def test_nan_is_named_and_never_saved(exact, settings, train, monkeypatch):
     monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", 0)
     # Two students, three steps an epoch: the eighth call is the second student's
-    stage = make_stage(settings, {"alone": kit.breaking({7})})
+    stage = make_stage(settings, {"alone": breaking({7})})
     with pytest.raises(FloatingPointError, match=r"alone, seed 1 .*learning rate"):
         train(stage)
     saved = kd.read_checkpoint(stage.path)
-    networks = [student["network"].values() for student in saved["students"]]
+    networks = [student["network"].values() for student in saved["students"].values()]
     assert len(saved["seconds"]) == 1
     assert all(value.isfinite().all() for values in networks for value in values)
     stage.students[0].network[-1].bias.data[0] = math.nan  # though its losses are good
@@ -155,38 +197,65 @@ def test_nan_is_named_and_never_saved(exact, settings, train, monkeypatch):
 
 def test_teacher_whose_answers_are_not_finite_is_named(settings, train):
     teacher = make_teacher()
-    teacher[-1].bias[1] = torch.nan
+    teacher[-1].bias.data[1] = torch.nan
     with pytest.raises(FloatingPointError, match="teacher's logits are not finite"):
-        train(make_stage(settings, {"distilled": distilled}, teacher))
+        train(make_stage(settings, {"distilled": distilled}, teacher=teacher))
 
 
-def test_float16_skips_a_step_but_not_an_epoch(float16, settings, train):
-    stage = make_stage(replace(settings, seeds=(0,)), {"alone": kit.breaking({1, 4})})
+def test_float16_skips_a_step_but_not_an_epoch(exact, settings, train):
+    exact(torch.float16)
+    stage = make_stage(replace(settings, seeds=(0,)), {"alone": breaking({1, 4})})
     train(stage)
     assert all(map(math.isfinite, stage.students[0].history["loss"]))
-    stage = make_stage(settings, {"alone": kit.breaking(range(6, 99))}, name="other")
+    stage = make_stage(settings, {"alone": breaking(range(6, 99))}, name="other")
     with pytest.raises(FloatingPointError, match="seed 0 is not finite"):
         train(stage)
 
 
 # ── Checkpoints ───────────────────────────────────────────────────────────
+class StopTraining(Exception):
+    """What interrupts a training in these tests."""
+
+
+def stop_after(steps, stage):
+    """Makes the last student raise in place of its step number `steps` + 1."""
+    step, left = stage.students[-1].step, iter(range(steps))
+
+    def limited(loss):
+        if next(left, None) is None:
+            raise StopTraining
+        step(loss)
+
+    stage.students[-1].step = limited
+
+
+def assert_same(students, others):
+    for first, second in zip(students, others, strict=True):
+        assert same(first.network, second.network) and first.key == second.key
+        assert torch.equal(first.logits, second.logits)
+        assert first.history == second.history
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 @pytest.mark.parametrize("steps", [1, 3, 5, 8])
-def test_training_resumes_bit_for_bit(exact, settings, train, precision, steps):
-    kd.choose_precision, kd.CHECKPOINT_SECONDS = lambda: precision, 0
+def test_training_resumes_bit_for_bit(
+    exact, settings, train, monkeypatch, precision, steps
+):
+    monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", 0)
+    exact(precision)
     settings, losses = replace(settings, epochs=3), {"distilled": distilled}
-    make = partial(make_stage, settings, losses, make_teacher())
+    make = partial(make_stage, settings, losses, teacher=make_teacher())
     whole, broken, resumed = (make(name=name) for name in ("whole", "cut", "cut"))
     for student in whole.students + broken.students + resumed.students:
         if student.scaler.is_enabled():  # so large that it skips the first steps
             student.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     begun = copy.deepcopy(whole.students[0].network)
     train(whole)
-    kit.stop_after(steps, broken)
-    with pytest.raises(kit.StopTraining):
+    stop_after(steps, broken)
+    with pytest.raises(StopTraining):
         train(broken)
     train(resumed)
-    kit.assert_same(whole.students, resumed.students)
+    assert_same(whole.students, resumed.students)
     assert not torch.equal(begun[0].weight, whole.students[0].network[0].weight)
     assert (whole.students[0].scaler.get_scale() == 1) == (precision is torch.float32)
 
@@ -194,50 +263,105 @@ def test_training_resumes_bit_for_bit(exact, settings, train, precision, steps):
 def test_stage_left_before_it_was_saved_must_be_made_anew(settings, train):
     for steps in (1, 4):  # in the first epoch, and in the second
         stage = make_stage(settings)
-        kit.stop_after(steps, stage)
-        for error in (kit.StopTraining, RuntimeError):
+        stop_after(steps, stage)
+        for error in (StopTraining, RuntimeError):
             with pytest.raises(error):
                 train(stage)
 
 
 def test_finished_stage_is_loaded_and_tells_its_story(settings, train, capsys):
-    losses = dict.fromkeys(("alone", "class mean", "distilled"), kit.label_loss)
-    networks = {"a long name": tiny, "another name": tiny}
-    stages = [make_stage(settings, losses, networks=networks) for _ in range(2)]
-    train(stages[0])
+    losses = dict.fromkeys(("alone", "class mean"), label_loss)
+    networks = {"first": tiny, "second": tiny}
+    whole, again = (make_stage(settings, losses, networks=networks) for _ in range(2))
+    train(whole)
     printed = capsys.readouterr().out.replace("\r", "\n").splitlines()
-    kit.stop_after(0, stages[1])  # it must take no step
-    train(stages[1])
+    stop_after(0, again)  # it must take no step
+    train(again)
     told = capsys.readouterr().out.splitlines()
-    assert str(stages[0].path) in told[0] and max(map(len, told)) <= 100
-    assert set(told[1:]) <= set(printed) and told[1].startswith("epoch  1 |")
-    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in told]
-    for name, arm in ((name, arm) for name in networks for arm in losses):
-        pair = [s for s in stages[1].students if (s.name, s.arm) == (name, arm)]
-        mean = sum(50 * student.history["val_accuracy"][1] for student in pair)
-        assert any(f"{name} {arm} {mean:.1f}" in line for line in lines)  # not cut
-    kit.assert_same(stages[0].students, stages[1].students)
+    assert told == [f"From {whole.path}:", *(x for x in printed if x[:6] == "epoch ")]
+    assert_same(whole.students, again.students)
+    for place, name in enumerate(f"{n} {arm}" for arm in losses for n in networks):
+        pair = [s.history["val_accuracy"][1] for s in whole.students[2 * place :][:2]]
+        assert f"{name} {50 * sum(pair):.1f}" in told[2]
 
 
-def test_arms_in_another_order_keep_their_students(settings):
-    losses = {"alone": kit.label_loss, "distilled": kit.label_loss}
-    finish(make_stage(settings, losses), kit.LOGITS)
-    stage = make_stage(settings, dict(reversed(losses.items())))
-    next(stage.epochs_left(), None)  # it may load them, or train anew
-    for s in stage.students:
-        assert s.logits is None or torch.equal(s.logits, kit.LOGITS[s.arm, s.seed])
+def functional():
+    class Net(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mean((2, 3)).relu())
+
+    class Other(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mean((2, 3)).tanh())
+
+    Other.__name__ = "Net"
+    return {"n": partial(Net, 3)}, {"n": partial(Other, 3)}
 
 
-@pytest.mark.parametrize("told, before, after", kit.RECORDS)
-def test_changed_stage_is_trained_anew(exact, settings, capsys, told, before, after):
-    finish(make_stage(settings, **before))
-    assert list(make_stage(settings, **before).epochs_left()) == []
-    numbers = {key: after[key] for key in after if hasattr(settings, key)}
-    others = {key: after[key] for key in after if key not in numbers}
-    precision = others.pop("precision", torch.float32)
-    kd.choose_precision = lambda: precision
+def smoothed(amount):
+    return {"a": lambda s, t, y: F.cross_entropy(s, y, label_smoothing=amount)}
+
+
+def scaled(factor):
+    numbers = SimpleNamespace(factor=factor)
+    return {"a": lambda s, t, y: label_loss(s, t, y) * numbers.factor}
+
+
+def soft(temperature):
+    return {"a": partial(kd.distillation_loss, temperature=temperature, alpha=0.5)}
+
+
+def changed(part, count, seed):
+    split = make_split(count, seed)
+    getattr(split, part)[:2] = getattr(split, part)[:2].flip(0)
+    return split
+
+
+def other_teacher():
+    teacher = make_teacher()
+    teacher[1].running_mean[0] += 1e-3  # a buffer shapes its answers, too
+    return teacher
+
+
+TRAIN, VAL = make_split(), make_split(24, seed=1)
+NET, OTHER_NET = functional()
+HARD = {"a": lambda s, t, y: F.cross_entropy(s, y, label_smoothing=0.1)}
+HARDER = {"a": lambda s, t, y: F.cross_entropy(s, y, label_smoothing=0.2)}
+RECORDS = [  # what is told, the key that changes, its two values
+    ("content of train", "splits", (TRAIN, VAL), (changed("images", 48, 0), VAL)),
+    ("content of train", "splits", (TRAIN, VAL), (changed("targets", 48, 0), VAL)),
+    ("content of val", "splits", (TRAIN, VAL), (TRAIN, changed("images", 24, 1))),
+    ("content of val", "splits", (TRAIN, VAL), (TRAIN, changed("targets", 24, 1))),
+    ("layers", "networks", {"n": tiny}, {"n": partial(tiny, activation=nn.SiLU)}),
+    ("source", "networks", NET, OTHER_NET),
+    ("a, source", "losses", HARD, HARDER),
+    ("amount was 0.1 and is 0.2", "losses", smoothed(0.1), smoothed(0.2)),
+    ("numbers.factor was 1 and is 2", "losses", scaled(1), scaled(2)),
+    ("temperature was 2.0 and is 4.0", "losses", soft(2.0), soft(4.0)),
+    ("teacher", "teacher", make_teacher(), other_teacher()),
+    ("batch size was 16 and is 24", "batch_size", 16, 24),
+    ("epochs was 2 and is 3", "epochs", 2, 3),
+    ("smallest crop was 0.35 and is 0.5", "min_crop", 0.35, 0.5),
+    ("seed of the stream was 0 and is 1", "stream_seed", 0, 1),
+    ("peak learning rate was 0.004 and is 0.1", "learning_rate", 0.004, 0.1),
+    ("weight decay was 0.05 and is 0.1", "weight_decay", 0.05, 0.1),
+    ("seeds was (0, 1) and is (0, 5)", "seeds", (0, 1), (0, 5)),
+    ("precision was float32 and is bfloat16", "precision", None, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("told, key, old, new", RECORDS)
+def test_changed_stage_is_trained_anew(exact, settings, capsys, told, key, old, new):
+    def make(value):
+        if hasattr(settings, key):
+            return make_stage(replace(settings, **{key: value}))
+        return make_stage(settings, **({key: value} if key != "precision" else {}))
+
+    finish(make(old))
+    assert list(make(old).epochs_left()) == []
+    exact(new if key == "precision" else torch.float32)
     capsys.readouterr()
-    assert next(make_stage(replace(settings, **numbers), **others).epochs_left()) == 0
+    assert next(make(new).epochs_left()) == 0
     said = capsys.readouterr().out
     assert told in said and "Experiment 1.pt.1" in said and "; " not in said
 
@@ -280,12 +404,35 @@ def test_folder_that_cannot_be_written_is_noticed_at_once(tmp_path, settings):
             next(stage.epochs_left())
 
 
+def train_in_another_process(settings, connection):
+    torch.set_num_threads(1)
+    kd.DEVICE, kd.CHECKPOINT_SECONDS = torch.device("cpu"), 0
+    kd.choose_precision = lambda: torch.float32
+    train = run_cells("def train(stage)")["train"]
+    connection.send("ready")
+    stage = make_stage(settings, {"distilled": distilled}, teacher=make_teacher())
+    train(stage)
+    weights = [kd.fingerprint(s.network.state_dict().values()) for s in stage.students]
+    connection.send((weights, [student.history for student in stage.students]))
+
+
+def start(settings):
+    context = multiprocessing.get_context("forkserver")  # imports torch once for all
+    context.set_forkserver_preload(["torch._subclasses", "torchvision", "nbformat"])
+    receiving, sending = context.Pipe(duplex=False)
+    arguments = (settings, sending)
+    process = context.Process(target=train_in_another_process, args=arguments)
+    process.start()
+    assert receiving.recv() == "ready"
+    return process, receiving
+
+
 def test_kills_at_random_moments_change_nothing(settings):
     settings, moments, kills = replace(settings, epochs=30), random.Random(0), 0
-    _, receiving = kit.start(replace(settings, runs_dir=settings.runs_dir / "whole"))
+    _, receiving = start(replace(settings, runs_dir=settings.runs_dir / "whole"))
     expected = receiving.recv()
     for _ in range(5):
-        process, receiving = kit.start(settings)
+        process, receiving = start(settings)
         process.join(moments.uniform(0.02, 0.3))  # the moment, not a wait for something
         if process.exitcode is not None:
             break  # the training was faster
@@ -294,21 +441,5 @@ def test_kills_at_random_moments_change_nothing(settings):
         kills += 1
         assert not list(settings.runs_dir.glob("*.pt.*"))  # never damaged
     else:
-        _, receiving = kit.start(settings)
+        _, receiving = start(settings)
     assert kills and receiving.recv() == expected
-
-
-# ── On a GPU, and what it will do, without one ────────────────────────────
-@pytest.mark.skipif(torch.cuda.is_available(), reason="see the next test")
-def test_steps_on_a_gpu_that_is_not_there_wait_for_nothing(settings, monkeypatch):
-    with kit.fake_gpu(monkeypatch) as (build, transfers):
-        teacher = build(tiny).eval()
-        loss = kit.train_watched(settings, teacher, build, transfers)
-        assert transfers.found == [] and loss.dtype is torch.float32
-        assert kd.predict(teacher, make_split()).device == loss.device == kd.DEVICE
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_steps_on_a_gpu_wait_for_nothing(settings):
-    build, watch = (lambda network: network(3)), kit.no_waiting()
-    kit.train_watched(settings, make_teacher(), build, watch)
