@@ -62,7 +62,9 @@ class Bench:
         self.chosen = torch.linspace(0, len(whole) - 1, min(images, len(whole))).long()
         self.split = whole.subset(self.chosen.to(kd.DEVICE))
         self.size = size
-        self.settings = Settings(None, seeds=(0, 1, 2), epochs=1, batch_size=batch_size)
+        self.settings = Settings(
+            Path("runs"), seeds=(0, 1, 2), epochs=1, batch_size=batch_size
+        )
         self.teacher = kd.build_teacher(10, None).eval().requires_grad_(False)
         self.teacher.to(kd.DEVICE, memory_format=torch.channels_last)
         print(
