@@ -14,6 +14,7 @@ import os
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ BASE_URL = "https://s3.amazonaws.com/fast-ai-imageclas"
 DATASETS = {  # MD5 of the archive, images in train and val
     "imagewoof2-160": ("3d200a7be99704a0d7509be2a9fbfe15", (9025, 3929)),
     "imagenette2-160": ("e793b78cc4c9e9a4ccc0c1155377a412", (9469, 3925)),
-    "demo": ("drawn, not downloaded", (300, 100)),
+    "demo": ("drawn, not downloaded", (200, 100)),
 }
 CLASS_NAMES = {  # of the folders that ImageNet calls by number
     "n02086240": "Shih-Tzu",
@@ -585,7 +586,8 @@ class Stage:
             accuracy = 100 * student.history["val_accuracy"][epoch]
             values.setdefault(f"{student.name} {student.arm}", []).append(accuracy)
         means = ", ".join(f"{key} {np.mean(v):.1f}" for key, v in values.items())
-        return f"epoch {epoch + 1:2} | {self.seconds[epoch] / 60:5.1f} min | {means}"
+        line = f"epoch {epoch + 1:2} | {self.seconds[epoch] / 60:5.1f} min | {means}"
+        return textwrap.fill(line, 100, subsequent_indent=" " * 23)
 
     def save(self) -> None:
         """Writes aside and renames: the file is always whole."""

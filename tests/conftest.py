@@ -14,7 +14,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-for variable in ("PROFILE", "DATA_DIR", "RUNS_DIR", "TEACHER_WEIGHTS"):
+for variable in ("PROFILE", "SEEDS", "DATA_DIR", "RUNS_DIR", "TEACHER_WEIGHTS"):
     os.environ.pop(f"KD_{variable}", None)
 torch.set_num_threads(1)  # the networks here are small
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import distilled, label_loss, make_split, make_teacher, run_cells, tiny
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +17,7 @@ def train_watched(settings, teacher, build, watch):
     split, students = make_split(), []
     for name, network in kd.STUDENTS.items():
         for arm, loss in {"alone": label_loss, "distilled": distilled}.items():
-            made = build(network(3))
+            made = build(network)
             student = kd.Student(made, name, arm, 0, loss, settings, 100)
             student.is_open = True
             students.append(student)
@@ -55,19 +54,6 @@ class Transfers(TorchDispatchMode):
         return result
 
 
-def put_on_gpu(network):
-    """`network.cuda()` for fake tensors, which the network itself cannot do."""
-    for module in network.modules():
-        for values in (module._parameters, module._buffers):
-            for name, value in values.items():
-                if value is not None:
-                    new = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-                    is_weight = isinstance(value, nn.Parameter)
-                    values[name] = nn.Parameter(new) if is_weight else new
-    network.to = lambda *_, **__: network
-    return network
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="see the next test")
 def test_steps_on_a_gpu_that_is_not_there_wait_for_nothing(settings, monkeypatch):
     def backward(loss):  # the true one needs a driver
@@ -75,8 +61,11 @@ def test_steps_on_a_gpu_that_is_not_there_wait_for_nothing(settings, monkeypatch
             weight.grad = torch.zeros_like(weight)
 
     def build(network):
-        weights.extend(put_on_gpu(network).parameters())
-        return network
+        with torch.device("cuda"):
+            made = network(3)
+        made.to = lambda *_, **__: made  # it is there; fake weights cannot be moved
+        weights.extend(made.parameters())
+        return made
 
     common, weights = torch.cuda.amp.common, []
     monkeypatch.setattr(common, "amp_definitely_not_available", lambda: False)
@@ -88,7 +77,7 @@ def test_steps_on_a_gpu_that_is_not_there_wait_for_nothing(settings, monkeypatch
             torch.zeros(1).to("cuda")
         except RuntimeError:
             pytest.skip("this torch needs a driver even for tensors that are not there")
-        teacher, transfers = build(tiny(3)).eval(), Transfers()
+        teacher, transfers = build(tiny).eval(), Transfers()
         loss = train_watched(settings, teacher, build, transfers)
         assert transfers.found == [] and loss.dtype is torch.float32
         assert kd.predict(teacher, make_split()).device == loss.device == kd.DEVICE
@@ -105,4 +94,5 @@ def no_waiting():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_steps_on_a_gpu_wait_for_nothing(settings):
-    train_watched(settings, make_teacher(), nn.Module.cuda, no_waiting())
+    build = lambda network: network(3)  # noqa: E731 - the student moves it
+    train_watched(settings, make_teacher(), build, no_waiting())

@@ -13,9 +13,10 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, code_cells, run_cells
+from conftest import ROOT, code_cells, make_split, run_cells
 from nbclient import NotebookClient
 from PIL import Image
+from test_results import RIGHT, VAL, make_study
 
 import kd_utils as kd
 
@@ -119,8 +120,14 @@ def test_all_of_imagewoof_runs_and_its_network_leaves(tmp_path, monkeypatch):
     assert "nan" not in text and "Not run yet" not in text
 
     folder = tmp_path / "imagewoof2-160-demo"
-    saved = kd.read_checkpoint(folder / "Experiment 2.pt")["students"]
-    network = kd.CustomCNN(10)
+    names = "Experiment 2", "teacher", "trials/teacher", "trials/T and alpha"
+    files = [kd.read_checkpoint(folder / f"{name}.pt") for name in names]
+    content = [saved["record"]["content of train"] for saved in files]
+    assert content[0] == content[1] != content[2] == content[3]
+    assert files[1]["record"]["peak learning rate"] == 2e-4
+    assert files[0]["record"]["losses"]["distilled"]["temperature"] == "4.0"
+
+    saved, network = files[0]["students"], kd.CustomCNN(10)
     network.load_state_dict(saved["Custom CNN", "distilled", 0]["network"])
     images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
     with torch.no_grad():
@@ -190,14 +197,18 @@ def test_set_up_fetches_the_module_from_where_it_is_hosted(tmp_path, monkeypatch
 def choose(dataset, profile=""):
     names = {"DATASET": dataset, "PROFILE": profile, "KEEP_ON_DRIVE": False, "os": os}
     cells = "@dataclass(frozen=True)", "# @title Choose the profile"
-    return run_cells(*cells, dataclass=dataclass, Path=Path, **names)["SETTINGS"]
+    return run_cells(*cells, dataclass=dataclass, replace=replace, Path=Path, **names)[
+        "SETTINGS"
+    ]
 
 
 def test_profiles_and_folders_are_chosen_by_name(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("KD_PROFILE", "demo")
-    monkeypatch.setenv("KD_RUNS_DIR", "~/kd")
+    variables = {"PROFILE": "demo", "RUNS_DIR": "~/kd", "SEEDS": "4"}
+    for key, value in variables.items():
+        monkeypatch.setenv(f"KD_{key}", value)
     chosen = choose("imagenette2-160")
-    assert (chosen.dataset, chosen.epochs, chosen.seeds) == ("demo", 3, (0, 1))
+    assert (chosen.dataset, chosen.epochs, chosen.seeds) == ("demo", 3, (0, 1, 2, 3))
+    monkeypatch.delenv("KD_SEEDS")
     assert "~" not in str(chosen.runs_dir) and chosen.teacher_weights is None
     own = choose(str(tmp_path / "demo"))
     assert own.dataset == str(tmp_path / "demo") and own.runs_dir.name == "demo-demo"
@@ -240,6 +251,57 @@ def test_class_means_are_the_teachers_mean_soft_answers(settings):
     q = (logits[0] / 3.0).softmax(0)
     kl = (expected[1] * (expected[1] / q).log()).sum()
     assert found.item() == pytest.approx(9 * kl.item(), rel=1e-4)
+
+
+def test_choice_is_made_by_its_rule_on_the_held_out_tenth(capsys):
+    split, settings = make_split(50), choose("a", "demo")
+    given = {"train_split": split, "SETTINGS": settings, "replace": replace}
+    names = run_cells("is_tenth =", "def tell_choice", **given)
+    learned, held_out = names["choice_splits"]
+    tenth = [0, 10, 20, 30, 40]
+    assert torch.equal(held_out.images, split.images[tenth]) and len(learned) == 45
+    assert not (learned.images[:, None] == held_out.images).flatten(2).all(2).any()
+
+    hits = {name: torch.zeros(100) for name in ("present", "luck", "better")}
+    hits["present"][:2], hits["luck"][2:5] = 1, 1
+    names["tell_choice"]({name: hits[name] for name in ("present", "luck")}, "present")
+    said = capsys.readouterr().out
+    assert "+1.0 points" in said
+    assert "error of 2.2. By the rule, the choice is present" in said
+    hits["better"][:20] = 1
+    names["tell_choice"](hits, "present")
+    assert "the choice is better" in capsys.readouterr().out
+
+
+def test_report_says_what_the_files_hold(settings):
+    make_study(settings)
+    titles = (
+        "How numbers",
+        "Read the",
+        "Did it",
+        "How sure",
+        "What a verdict",
+        "The v",
+    )
+    shown, cells = [], [f"# @title {title}" for title in titles]
+    given = {"SETTINGS": settings, "val_split": VAL, "Markdown": shown.append}
+    run_cells(*cells, np=np, **given)
+
+    def gain(arm, other, images=slice(None)):
+        pairs = [(RIGHT[arm, seed], RIGHT[other, seed]) for seed in (0, 1)]
+        gains = np.array([(a.int() - b.int()).numpy()[images] for a, b in pairs])
+        mean, low, high = (100 * value for value in kd.interval(gains))
+        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+    level = {
+        a: 50 * (RIGHT[a, 0].float() + RIGHT[a, 1].float()).mean() for a, _ in RIGHT
+    }
+    row = f"| tiny | {level['alone']:.1f} | {level['distilled']:.1f} | "
+    assert row + gain("distilled", "alone") + " | 2 of 2 |" in shown[0]
+    pairs = [("distilled", "alone"), ("distilled", "alone", slice(0, None, 4))]
+    pairs += [("class mean", "alone"), ("distilled", "class mean")]
+    assert f"| tiny | {' | '.join(gain(*pair) for pair in pairs)} |" in shown[1]
+    assert "Distillation into tiny: helps.** It learned more" in shown[2]
 
 
 def test_report_metrics_are_what_a_plain_calculation_gives():

@@ -7,7 +7,7 @@ from statistics import mean, variance
 import numpy as np
 import pytest
 import torch
-from conftest import distilled, finish, make_split, make_stage
+from conftest import distilled, finish, label_loss, make_split, make_stage, tiny
 
 import kd_utils as kd
 
@@ -78,8 +78,9 @@ def make_study(settings, second=None, shift=0.0):
     """The files of a study; `shift` makes another teacher, which it does not report."""
     one = make_stage(settings)
     finish(one, LOGITS)
-    learner = make_stage(replace(settings, seeds=(9,)), name="teacher")
-    finish(learner, {("alone", 9): LOGITS["distilled", 1]})
+    build, once = {"ResNet-50": tiny}, replace(settings, seeds=(0,))
+    learner = make_stage(once, {"teacher": label_loss}, "teacher", networks=build)
+    finish(learner, {("teacher", 0): LOGITS["distilled", 1]})
     teacher = learner.students[0].network
     teacher[-1].bias.data += shift
     losses = {"class mean": distilled, "distilled": distilled}
