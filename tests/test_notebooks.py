@@ -1,6 +1,7 @@
 """The two notebooks: alike, clean, and able to run top to bottom, also in parts."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, code_cells, make_split, run_cells
 from nbclient import NotebookClient
 from PIL import Image
@@ -275,14 +277,8 @@ def test_choice_is_made_by_its_rule_on_the_held_out_tenth(capsys):
 
 def test_report_says_what_the_files_hold(settings):
     make_study(settings)
-    titles = (
-        "How numbers",
-        "Read the",
-        "Did it",
-        "How sure",
-        "What a verdict",
-        "The v",
-    )
+    titles = ["How numbers", "Read the", "Did it", "How sure", "What a verdict"]
+    titles += ["The verdicts", "Metrics", "Were the probabilities"]
     shown, cells = [], [f"# @title {title}" for title in titles]
     given = {"SETTINGS": settings, "val_split": VAL, "Markdown": shown.append}
     run_cells(*cells, np=np, **given)
@@ -302,12 +298,22 @@ def test_report_says_what_the_files_hold(settings):
     pairs += [("class mean", "alone"), ("distilled", "class mean")]
     assert f"| tiny | {' | '.join(gain(*pair) for pair in pairs)} |" in shown[1]
     assert "Distillation into tiny: helps.** It learned more" in shown[2]
+    # A wrong answer's cross-entropy is 4 more than a right one's
+    least = math.log1p(2 * math.exp(-4))
+    nll = {arm: least + 4 * (1 - level[arm] / 100) for arm in level}
+    told = f"NLL better ({nll['alone']:.3f} → {nll['distilled']:.3f})"
+    assert told in shown[3] and "ECE better" in shown[3]
 
 
 def test_report_metrics_are_what_a_plain_calculation_gives():
     names = run_cells("# @title Metrics", num_classes=4)
     logits = 2 * torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
     targets = torch.arange(200) % 4
+    logits[:80] = 0.5 * F.one_hot(targets[:80]).float()  # too modest, the rest too sure
+    names["teacher_val_logits"] = logits.roll(1, dims=1)
+    logits[150:] = logits[150:].roll(1, dims=1)
+    agreement = (logits.argmax(1) == names["teacher_val_logits"].argmax(1)).float()
+    assert names["agreement"](logits, targets) == agreement.mean() > 0.2
     soft, hits = logits.softmax(1).numpy(), (logits.argmax(1) == targets).numpy()
     expected = [hits[label::4].mean() for label in range(4)]
     assert names["recall"](logits, targets).numpy() == pytest.approx(expected)

@@ -278,11 +278,13 @@ def test_finished_stage_is_loaded_and_tells_its_story(settings, train, capsys):
     stop_after(0, again)  # it must take no step
     train(again)
     told = capsys.readouterr().out.splitlines()
-    assert told == [f"From {whole.path}:", *(x for x in printed if x[:6] == "epoch ")]
+    assert told[0] == f"From {whole.path}:" and told[1].startswith("epoch  1 |")
+    assert set(told[1:]) <= set(printed) and max(map(len, told[1:])) <= 100
     assert_same(whole.students, again.students)
+    told = " ".join(" ".join(told).split())
     for place, name in enumerate(f"{n} {arm}" for arm in losses for n in networks):
         pair = [s.history["val_accuracy"][1] for s in whole.students[2 * place :][:2]]
-        assert f"{name} {50 * sum(pair):.1f}" in told[2]
+        assert f"{name} {50 * sum(pair):.1f}" in told  # not cut
 
 
 def functional():
