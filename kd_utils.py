@@ -11,7 +11,6 @@ import inspect
 import io
 import math
 import os
-import sys
 import tarfile
 import tempfile
 import textwrap
@@ -24,6 +23,7 @@ from http.client import HTTPException
 from itertools import product
 from numbers import Number
 from pathlib import Path
+from sys import stdout
 from urllib.request import urlopen
 
 import numpy as np
@@ -42,7 +42,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.backends.cudnn.benchmark = True  # on a GPU: tries the algorithms, keeps the best
 DOWNLOAD_SECONDS = 60  # without an answer, before a download is given up
 CHECKPOINT_SECONDS = 300  # at least, between two checkpoints
-progress = partial(tqdm, file=sys.stdout, ncols=100, leave=False, mininterval=2)
+progress = partial(tqdm, file=stdout, ncols=100, leave=False, mininterval=2, delay=9)
 
 
 @cache
