@@ -407,9 +407,9 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 
 # ── Training: a stage, its students, its checkpoint ───────────────────────
 class Student:
-    """A network that learns. Its stage opens it for an epoch, `end_epoch` closes it."""
+    """A network that learns, for `total` steps; open within an epoch of its stage."""
 
-    def __init__(self, network, name, arm, seed, loss, settings, steps):
+    def __init__(self, network, name, arm, seed, loss, settings, total):
         self.network = network.to(DEVICE, memory_format=torch.channels_last)
         self.key = (name, arm, seed)
         self.name, self.arm, self.seed = self.key
@@ -417,7 +417,7 @@ class Student:
         peak, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = AdamW(network.parameters(), weight_decay=decay, fused=True)
         # One cycle (Smith & Topin, 2018): up in 30 % of the steps, then down to 0
-        self.schedule = OneCycleLR(self.optimizer, peak, steps, cycle_momentum=False)
+        self.schedule = OneCycleLR(self.optimizer, peak, total, cycle_momentum=False)
         fp16 = choose_precision() is torch.float16  # its small gradients would become 0
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=fp16)
 
