@@ -584,8 +584,9 @@ class Stage:
         values = {}
         for student in self.students:
             accuracy = 100 * student.history["val_accuracy"][epoch]
-            values.setdefault(f"{student.name} {student.arm}", []).append(accuracy)
-        means = ", ".join(f"{key} {np.mean(v):.1f}" for key, v in values.items())
+            key = f"{student.name} {student.arm} ".replace(" ", "\N{NO-BREAK SPACE}")
+            values.setdefault(key, []).append(accuracy)
+        means = ", ".join(f"{key}{np.mean(v):.1f}" for key, v in values.items())
         line = f"epoch {epoch + 1:2} | {self.seconds[epoch] / 60:5.1f} min | {means}"
         return textwrap.fill(line, 100, subsequent_indent=" " * 23)
 
