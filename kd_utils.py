@@ -139,7 +139,8 @@ def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Pat
 
 def fetch_archive(url: str, folder: str, md5: str, advice: str) -> None:
     """Downloads an archive, trying three times, and unpacks it into `folder`."""
-    for _ in range(3):
+    for share in (0, 0.1, 0.1):
+        time.sleep(share * DOWNLOAD_SECONDS)
         try:
             with urlopen(url, timeout=DOWNLOAD_SECONDS) as answer:
                 archive = answer.read()
@@ -149,7 +150,6 @@ def fetch_archive(url: str, folder: str, md5: str, advice: str) -> None:
             problem = f"a file with MD5 {found}, not {md5}"
         except (OSError, HTTPException) as error:
             problem = error
-        time.sleep(DOWNLOAD_SECONDS / 10)
     else:
         raise ConnectionError(f"{url} gave {problem}. {advice}")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
@@ -225,7 +225,7 @@ def read_image(path: str | Path, size: int) -> Tensor:
 
 def load_split(folder, split: str, size: int) -> Split:
     """Decodes the images in `<folder>/<split>/<class>/`, on all cores. Raises
-    FileNotFoundError if none are there, ValueError if they cannot be read."""
+    FileNotFoundError for an empty class, ValueError for an image or too few classes."""
     folder = Path(folder, split)
     names = sorted(path.name for path in folder.glob("[!.]*/"))  # of folders
     if len(names) < 2:
@@ -387,8 +387,7 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
     """alpha · T² · KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − alpha) · CE
 
     (Hinton, Vinyals & Dean, 2015, section 2.) Logits [B, C], targets [B] int64; float32
-    scalar. Some libraries call the *other* weight alpha. ValueError for what is no T,
-    alpha or shape."""
+    scalar. Some libraries call the *other* weight alpha. ValueError for other input."""
     if not (temperature > 0 and 0 <= alpha <= 1):
         raise ValueError(f"need T > 0 and 0 ≤ alpha ≤ 1, got {temperature} and {alpha}")
     tensors = (student_logits, teacher_logits, targets)
@@ -411,10 +410,10 @@ class Student:
 
     def __init__(self, network, name, arm, seed, loss, settings, total):
         self.network = network.to(DEVICE, memory_format=torch.channels_last)
-        self.key = (name, arm, seed)
+        self.key = (name, arm, int(seed))
         self.name, self.arm, self.seed = self.key
         self.loss = loss  # of (student_logits, teacher_logits or None, targets)
-        peak, decay = settings.learning_rate, settings.weight_decay
+        peak, decay = float(settings.learning_rate), float(settings.weight_decay)
         self.optimizer = AdamW(network.parameters(), weight_decay=decay, fused=True)
         # One cycle (Smith & Topin, 2018): up in 30 % of the steps, then down to 0
         self.schedule = OneCycleLR(self.optimizer, peak, total, cycle_momentum=False)
@@ -432,7 +431,7 @@ class Student:
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] ─► logits [B, C], in training mode; dropout by (seed, step).
-        Raises RuntimeError outside of an epoch, ValueError for another output."""
+        Raises RuntimeError outside of an epoch, ValueError if it gives no [B, …]."""
         if not self.is_open:
             raise RuntimeError(f"{self} is not in training; for answers: kd.predict")
         self.network.train()
@@ -446,8 +445,7 @@ class Student:
     def step(self, loss: Tensor) -> None:
         """One step: backward, optimiser, schedule."""
         self.optimizer.zero_grad()
-        # The scaler acts in float16 only. It keeps small gradients from becoming 0, and
-        # leaves a step out if a gradient became infinite.
+        # In float16, the scaler saves small gradients and skips steps of infinite ones
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -496,9 +494,9 @@ class Stage:
     def __init__(self, name, losses, settings, splits, networks=STUDENTS, teacher=None):
         self.name, self.settings = name, settings
         self.train, self.val = splits
-        self.teacher = teacher.eval().requires_grad_(False) if teacher else None
+        self.teacher = teacher and teacher.to(DEVICE).eval().requires_grad_(False)
         self.path = settings.runs_dir / f"{name}.pt"
-        self.steps = max(1, len(self.train) // settings.batch_size)  # an epoch
+        self.epoch_steps = max(1, len(self.train) // settings.batch_size)
         self.seconds = []  # since the start, at the end of each epoch
         self.students = []
 
@@ -507,7 +505,7 @@ class Stage:
         if not classes == self.val.classes == taught:
             raise ValueError(f"classes differ: {classes}, {self.val.classes}, {taught}")
 
-        total = settings.epochs * self.steps
+        total = settings.epochs * self.epoch_steps
         for arm, kind, seed in product(losses, networks, settings.seeds):
             with seeded(seed):  # same seed, same initial weights
                 network = networks[kind](len(classes))
@@ -520,18 +518,17 @@ class Stage:
         """All that shapes the result. A file is used only if this is unchanged."""
         weights = self.teacher.state_dict().values() if self.teacher else []
         return {
-            "dataset": Path(self.settings.dataset).name,
             "content of train": self.train.fingerprint(),
             "content of val": self.val.fingerprint(),
             "image size": self.train.images.shape[-1],
             "batch size": self.settings.batch_size,
             "epochs": self.settings.epochs,
-            "smallest crop": self.settings.min_crop,
+            "smallest crop": float(self.settings.min_crop),
             "seed of the stream": self.settings.stream_seed,
-            "peak learning rate": self.settings.learning_rate,
-            "weight decay": self.settings.weight_decay,
+            "peak learning rate": float(self.settings.learning_rate),
+            "weight decay": float(self.settings.weight_decay),
             "precision": str(choose_precision()).removeprefix("torch."),
-            "seeds": tuple(self.settings.seeds),
+            "seeds": tuple(map(int, self.settings.seeds)),
             "networks": {s.name: describe_network(s.network) for s in self.students},
             "losses": {s.arm: describe_loss(s.loss) for s in self.students},
             "teacher": fingerprint(weights) if self.teacher else "none",
@@ -566,12 +563,12 @@ class Stage:
         """The epoch's `augmented_batches`, with a progress bar."""
         batches = augmented_batches(self.train, self.settings, epoch)
         name = f"{self.name}, epoch {epoch + 1} of {self.settings.epochs}"
-        return progress(batches, name, self.steps)
+        return progress(batches, name, self.epoch_steps)
 
     def check_finite(self, sample: Split) -> None:
         for student in self.students:
-            weights = student.network.parameters()
-            is_finite = all(weight.isfinite().all() for weight in weights)
+            values = [predict(student.network, sample), *student.network.parameters()]
+            is_finite = all(value.isfinite().all() for value in values)
             if is_finite and any(loss.isfinite() for loss in student.losses):
                 continue
             problem = f"{student} is not finite: lower the learning rate"
@@ -613,9 +610,8 @@ class Stage:
             for student in self.students:
                 student.load_state_dict(saved["students"][student.key])
             self.seconds = saved["seconds"]
-            print(f"From {self.path}:")
-            for epoch in range(len(self.seconds)):
-                print(self.log_line(epoch))
+            lines = [self.log_line(epoch) for epoch in range(len(self.seconds))]
+            print(f"From {self.path}:", *lines, sep="\n")
         elif any(student.steps for student in self.students):
             raise RuntimeError(f"{self.name} was left unsaved: make it anew")
 
@@ -633,20 +629,20 @@ def describe_loss(loss) -> dict:
             values.setdefault(name, thing)
             for attribute in function.__code__.co_names:
                 values[f"{name}.{attribute}"] = getattr(thing, attribute, None)
-    simple = Number | str | list | tuple
+    simple = Number | str | tuple
     numbers = {name: str(v) for name, v in values.items() if isinstance(v, simple)}
     return {**numbers, "source": source_of(function)}
 
 
 def describe_network(network: nn.Module) -> dict:
     """Where its weights come from, its layers, and its methods but for PyTorch's."""
-    sources = set()
+    start, sources = fingerprint(network.state_dict().values()), set()
     for module in network.modules():
         for _, method in inspect.getmembers(type(module), inspect.isfunction):
             if not method.__module__.startswith("torch"):
                 sources.add(source_of(method))
     return {
-        "initial weights": getattr(network, "origin", "random"),
+        "initial weights": getattr(network, "origin", f"random, {start}"),
         "layers": str(network),
         "source": sorted(sources),
     }
@@ -677,7 +673,8 @@ def differences(old: dict, new: dict) -> list[str]:
 def read_checkpoint(path: Path) -> dict | None:
     """A stage's file, on the CPU; None if it is damaged and was set aside."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in ("record", "machine", "seconds", "students")}
     except Exception as error:  # a damaged or foreign file fails in many ways
         set_aside(path, f"is no readable checkpoint ({type(error).__name__})")
         return None
@@ -770,8 +767,11 @@ class Results:
             if saved["record"]["content of val"] != content:
                 raise ValueError(f"{path} was scored on other images: run it again")
             self.stages[path.stem] = saved
-            for (name, arm, seed), student in saved["students"].items():
-                self.students.setdefault((name, arm), {})[seed] = student
+            for (name, arm, seed), state in saved["students"].items():
+                seeds = self.students.setdefault((name, arm), {})
+                if seed in seeds:
+                    raise ValueError(f"{path} repeats {name}, {arm}: move one away")
+                seeds[seed] = state
         self.check()
 
     def check(self) -> None:
@@ -779,7 +779,7 @@ class Results:
         records = {name: saved["record"] for name, saved in self.stages.items()}
         if {"Experiment 1", "Experiment 2"} <= records.keys():
             found = differences(records["Experiment 1"], records["Experiment 2"])
-            found = [one for one in found if not one.startswith(("losses", "teacher"))]
+            found = [key for key in found if not key.startswith(("losses", "teacher"))]
             if found:
                 raise ValueError(f"Experiments 1 and 2 differ: {'; '.join(found)}")
         if {"teacher", "Experiment 2"} <= records.keys():
@@ -790,8 +790,8 @@ class Results:
 
     def values(self, network: str, arm: str, metric=right) -> dict[int, np.ndarray]:
         """{seed: metric(logits [N, C], targets [N])}; KeyError if not trained."""
-        seeds = self.students[network, arm].items()
-        return {s: metric(one["logits"], self.targets).numpy() for s, one in seeds}
+        states = self.students[network, arm].items()
+        return {s: metric(state["logits"], self.targets).numpy() for s, state in states}
 
     def gains(self, network, arm="distilled", other="alone", metric=right):
         """[seeds, …]: `arm` − `other`, paired by seed; with `right`, [seeds, N]."""

@@ -112,6 +112,9 @@ def test_gains_take_the_common_seeds_and_any_metric(settings):
     assert found.tolist() == [[4.0] * 24]
     with pytest.raises(KeyError):
         results.gains("tiny", "taught")
+    finish(make_stage(settings, name="once more"), LOGITS)
+    with pytest.raises(ValueError, match=r"once more\.pt repeats tiny, alone"):
+        kd.Results(settings.runs_dir, VAL)
 
 
 def test_experiments_that_do_not_belong_together_are_refused(settings, monkeypatch):
@@ -143,6 +146,7 @@ def test_what_is_unfinished_damaged_or_a_trial_is_left_out(settings, capsys):
     splits = (make_split(), make_split(24))
     finish(make_stage(settings, name="trials/x", splits=splits), LOGITS)
     two.path.write_bytes(b"damaged")
+    torch.save({"foreign": 1}, settings.runs_dir / "mine.pt")
     results = kd.Results(settings.runs_dir, VAL)
     assert set(results.stages) == {"Experiment 1", "teacher"}
     assert "is no readable checkpoint" in capsys.readouterr().out
