@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -79,7 +79,7 @@ def execute(notebook, tmp_path, monkeypatch, *lines):
     for key, value in variables.items():
         monkeypatch.setenv(f"KD_{key}", str(value))
     for cell in notebook.cells:
-        if "SETTINGS = Settings(" in cell.source:
+        if "SETTINGS = make_dataclass(" in cell.source:
             cell.source += "\nSETTINGS = replace(SETTINGS, epochs=1, image_size=32)"
         if cell.metadata.get("tags") == ["parameters"]:
             cell.source = "\n".join([cell.source, *lines])
@@ -198,10 +198,9 @@ def test_set_up_fetches_the_module_from_where_it_is_hosted(tmp_path, monkeypatch
 
 def choose(dataset, profile=""):
     names = {"DATASET": dataset, "PROFILE": profile, "KEEP_ON_DRIVE": False, "os": os}
-    cells = "@dataclass(frozen=True)", "# @title Choose the profile"
-    return run_cells(*cells, dataclass=dataclass, replace=replace, Path=Path, **names)[
-        "SETTINGS"
-    ]
+    names |= {"Path": Path, "make_dataclass": make_dataclass}
+    cells = "NUMBERS =", "PROFILES =", "# @title Choose the profile", "chosen ="
+    return run_cells(*cells, **names)["SETTINGS"]
 
 
 def test_profiles_and_folders_are_chosen_by_name(monkeypatch, capsys, tmp_path):
