@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +104,37 @@ def finish(stage, logits=None):
     stage.seconds = [60.0 * (epoch + 1) for epoch in epochs]
     stage.path.parent.mkdir(parents=True, exist_ok=True)
     stage.save()
+
+
+VAL = make_split(24, seed=1)
+RIGHT = {  # whose answers are right, by arm and seed: all different
+    ("alone", 0): torch.arange(24) % 3 == 0,
+    ("alone", 1): torch.arange(24) % 4 == 0,
+    ("class mean", 0): torch.arange(24) % 2 == 0,
+    ("class mean", 1): torch.arange(24) < 15,
+    ("distilled", 0): torch.arange(24) > 6,
+    ("distilled", 1): torch.arange(24) % 5 > 0,
+}
+LOGITS = {  # a right answer is the label, a wrong one the next class
+    key: torch.eye(3)[(torch.arange(24) + ~right) % 3] * 4.0
+    for key, right in RIGHT.items()
+}
+
+
+def make_study(settings, second=None, shift=0.0):
+    """The files of a study; `shift` makes another teacher, which it does not report."""
+    one = make_stage(settings)
+    finish(one, LOGITS)
+    build, once = {"ResNet-50": tiny}, replace(settings, seeds=(0,))
+    learner = make_stage(once, {"teacher": label_loss}, "teacher", networks=build)
+    finish(learner, {("teacher", 0): LOGITS["distilled", 1]})
+    teacher = learner.students[0].network
+    teacher[-1].bias.data += shift
+    losses = {"class mean": distilled, "distilled": distilled}
+    two = make_stage(second or settings, losses, "Experiment 2", teacher=teacher)
+    two.students.reverse()  # the order in a file must not matter
+    finish(two, LOGITS)
+    return one, two
 
 
 def same(first, second):
