@@ -118,8 +118,8 @@ def test_networks_have_the_precision(exact, settings, precision):
 @pytest.mark.parametrize("native", [True, False])  # an A100, and a T4
 def test_precision_follows_the_hardware(monkeypatch, native):
     monkeypatch.setattr(kd, "DEVICE", torch.device("cuda"))
-    answer = {"is_bf16_supported.side_effect": lambda including_emulation: native}
-    monkeypatch.setattr(torch, "cuda", Mock(**answer))
+    answer = Mock(side_effect=lambda including_emulation: native or including_emulation)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
     expected = torch.bfloat16 if native else torch.float16
     assert kd.choose_precision.__wrapped__() is expected
 
