@@ -82,11 +82,6 @@ def tiny(num_classes, activation=nn.ReLU):
     )
 
 
-def make_teacher():
-    with kd.seeded(7):
-        return tiny(3).to(kd.DEVICE).eval()
-
-
 def make_stage(settings, losses=None, name="Experiment 1", **changes):
     losses = losses or {"alone": label_loss}
     splits = changes.get("splits") or (make_split(), make_split(24, seed=1))
@@ -115,8 +110,8 @@ RIGHT = {  # whose answers are right, by arm and seed: all different
     ("distilled", 0): torch.arange(24) > 6,
     ("distilled", 1): torch.arange(24) % 5 > 0,
 }
-LOGITS = {  # a right answer is the label, a wrong one the next class
-    key: torch.eye(3)[(torch.arange(24) + ~right) % 3] * 4.0
+ANSWERS = {  # logits; a right answer is the label, a wrong one the next class
+    key: 4.0 * torch.eye(3)[(torch.arange(24) + (~right).int()) % 3]
     for key, right in RIGHT.items()
 }
 
@@ -124,16 +119,16 @@ LOGITS = {  # a right answer is the label, a wrong one the next class
 def make_study(settings, second=None, shift=0.0):
     """The files of a study; `shift` makes another teacher, which it does not report."""
     one = make_stage(settings)
-    finish(one, LOGITS)
+    finish(one, ANSWERS)
     build, once = {"ResNet-50": tiny}, replace(settings, seeds=(0,))
     learner = make_stage(once, {"teacher": label_loss}, "teacher", networks=build)
-    finish(learner, {("teacher", 0): LOGITS["distilled", 1]})
+    finish(learner, {("teacher", 0): ANSWERS["distilled", 1]})
     teacher = learner.students[0].network
     teacher[-1].bias.data += shift
     losses = {"class mean": distilled, "distilled": distilled}
     two = make_stage(second or settings, losses, "Experiment 2", teacher=teacher)
     two.students.reverse()  # the order in a file must not matter
-    finish(two, LOGITS)
+    finish(two, ANSWERS)
     return one, two
 
 
@@ -146,6 +141,12 @@ def same(first, second):
 @pytest.fixture
 def settings(tmp_path):
     return Settings(tmp_path / "runs")
+
+
+@pytest.fixture
+def teacher():
+    with kd.seeded(7):
+        return tiny(3).to(kd.DEVICE).eval()
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
-"""Stages: their steps, their teacher, their checkpoints, and what they notice."""
+"""Stages: steps, checkpoints, what they notice, and the results that they leave."""
 
 import copy
 import itertools
 import math
-import multiprocessing
 import os
 import random
+import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    ANSWERS,
+    RIGHT,
+    VAL,
     distilled,
     finish,
     label_loss,
     make_split,
     make_stage,
-    make_teacher,
-    run_cells,
+    make_study,
     same,
     tiny,
 )
@@ -35,27 +38,25 @@ import kd_utils as kd
 
 
 # ── Steps ─────────────────────────────────────────────────────────────────
-def test_steps_are_those_of_a_plain_loop_and_the_teacher_stays(exact, settings, train):
+def test_steps_are_a_plain_loops_and_the_teacher_stays(exact, settings, teacher, train):
     settings = replace(settings, seeds=(3, 4), weight_decay=1.0)
-    teacher, losses = make_teacher().train(), {"a": label_loss, "b": distilled}
+    losses = {"a": label_loss, "b": distilled}
     before, callers = copy.deepcopy(teacher), torch.get_rng_state()
-    stage = make_stage(settings, losses, teacher=teacher)
+    stage = make_stage(settings, losses, teacher=teacher.train())
     train(stage)
     assert torch.equal(torch.get_rng_state(), callers)
     assert same(teacher, before) and not any(m.training for m in teacher.modules())
     assert not any(w.requires_grad or w.grad is not None for w in teacher.parameters())
 
-    before.eval()
+    epochs = [kd.augmented_batches(make_split(), settings, epoch) for epoch in (0, 1)]
+    batches = list(itertools.chain(*epochs))
     pairs = itertools.product(losses.values(), (3, 4))
     for student, (loss, seed) in zip(stage.students, pairs, strict=True):
         torch.manual_seed(1_000_003 * seed)
         network = tiny(3)
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1.0)
         schedule = OneCycleLR(optimizer, 0.004, 6, cycle_momentum=False)
-        for step in range(6):
-            if step % 3 == 0:
-                batches = kd.augmented_batches(make_split(), settings, step // 3)
-            images, targets = next(batches)
+        for step, (images, targets) in enumerate(batches):
             torch.manual_seed(1_000_003 * seed + step)
             logits = network.train()(images)  # dropout follows from seed and step
             optimizer.zero_grad()
@@ -67,24 +68,26 @@ def test_steps_are_those_of_a_plain_loop_and_the_teacher_stays(exact, settings, 
             assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-5), name
 
 
-def test_students_learn_in_their_epochs_only_and_are_scored(settings, train):
-    val = make_split(24, seed=1)
-    val.targets = (val.targets + 1) % 3  # so that what is learned is wrong here
-    stage = make_stage(replace(settings, epochs=6), splits=(make_split(), val))
+def test_students_learn_in_their_epochs_only_and_are_scored(exact, settings, train):
+    split, val = make_split(60), make_split(24, seed=1)
+    for labels in (split.targets[::20], val.targets[::2]):  # of 3 in 6, of 12 in 24,
+        labels += 1  # so that what is learned is wrong there
+        labels %= 3
+    stage = make_stage(replace(settings, epochs=8), splits=(split, val))
     student = stage.students[1]
-    for run in (train, lambda stage: None):
-        untouched = copy.deepcopy(student.network)
-        with pytest.raises(RuntimeError, match="seed 1 is not in training"):
-            student.forward(val.images.float())
-        assert same(student.network, untouched)
-        run(stage)
-    assert student.history["loss"][-1] < student.history["loss"][0]
-    assert torch.equal(student.logits, kd.predict(student.network, val).cpu())
-    for name, split, every in (("train", stage.train, 10), ("val", val, 1)):
-        hits = kd.predict(student.network, split).argmax(1) == split.targets
+    with pytest.raises(RuntimeError, match="seed 1 is not in training"):
+        student.forward(val.images.float())
+    train(stage)
+    trained = copy.deepcopy(student.network)
+    with pytest.raises(RuntimeError, match="seed 1 is not in training"):
+        student.forward(val.images.float())
+    assert same(student.network, trained)
+    assert torch.equal(student.logits, kd.predict(trained, val))
+    for name, images in (("train", split.subset(slice(0, None, 10))), ("val", val)):
+        hits = kd.predict(trained, images).argmax(1) == images.targets
         scores = student.history[f"{name}_accuracy"]
-        assert scores[5] == pytest.approx(hits[::every].float().mean().item())
-        assert len(scores) == 6 and (scores[5] > 0.6) == (name == "train")
+        assert len(scores) == 8 and 0 < scores[7] < 1
+        assert scores[7] == pytest.approx(hits.float().mean().item())
 
 
 def test_students_and_teachers_that_do_not_fit_are_named(settings, train):
@@ -102,8 +105,8 @@ def test_students_and_teachers_that_do_not_fit_are_named(settings, train):
 # ── Numbers that are not finite ───────────────────────────────────────────
 def infinite_at(calls):
     """A loss that is infinite at these calls."""
-    counter = itertools.count()
-    return lambda s, t, y: label_loss(s, t, y) / (next(counter) not in calls)
+    factors = (math.inf if number in calls else 1 for number in itertools.count())
+    return lambda s, t, y: label_loss(s, t, y) * next(factors)
 
 
 def test_nan_is_named_and_never_saved(exact, settings, train, monkeypatch):
@@ -145,15 +148,14 @@ def assert_same(students, others):
         assert first.history == second.history
 
 
-def test_training_resumes_bit_for_bit_and_tells_its_story(
-    exact, settings, train, monkeypatch, capsys
-):
+def test_training_resumes_bit_for_bit(exact, settings, train, monkeypatch, capsys):
     exact(torch.float16)
     numbers = {"seeds": tuple(np.arange(2)), "learning_rate": np.float32(0.004)}
     settings, calls = replace(settings, **numbers), itertools.count()
 
     def loss(student_logits, teacher_logits, targets):
-        if next(calls) in (20, 29):  # in the second epoch of the stages that are cut
+        # 0 … 11 are those of the whole stage; the next two are cut in their epoch 2
+        if next(calls) in (20, 29):
             raise KeyboardInterrupt
         return label_loss(student_logits, teacher_logits, targets)
 
@@ -172,8 +174,12 @@ def test_training_resumes_bit_for_bit_and_tells_its_story(
             train(unsaved)
     with pytest.raises(KeyboardInterrupt):
         train(make("cut", 0))
+    saved = kd.read_checkpoint(unsaved.path)
+    torch.save({**saved, "seconds": [3600.0]}, unsaved.path)
     resumed = make("cut", 300)
     train(resumed)
+    assert resumed.seconds[1] > 3600
+    assert resumed.students[0].scaler.get_scale() < 2.0**20
     printed = capsys.readouterr().out.replace("\r", "\n").splitlines()
     again = make("cut", 300)
     again.students[0].step = None  # no step is taken
@@ -181,38 +187,43 @@ def test_training_resumes_bit_for_bit_and_tells_its_story(
     told = capsys.readouterr().out.splitlines()
     for stage in (resumed, again):
         assert_same(whole.students, stage.students)
-    assert told[0] == f"From {again.path}:" and told[1].startswith("epoch  1 |")
+    assert told[0] == f"From {again.path}:" and "  1 |  60.0 min | " in told[1]
     assert set(told) <= set(printed)
     mean = 50 * sum(student.history["val_accuracy"][-1] for student in whole.students)
     assert told[-1].split()[-4:] == ["tiny", "class", "mean", f"{mean:.1f}"]
 
 
 # ── Records ───────────────────────────────────────────────────────────────
-def smoothed(amount, settings):
+AMOUNT = 0.1
+
+
+def smoothed(settings, power=1):
     def loss(student_logits, teacher_logits, targets):
-        smooth = amount / settings.temperature
+        smooth = AMOUNT / settings.temperature**power
         return F.cross_entropy(student_logits, targets, label_smoothing=smooth)
 
     return loss
 
 
-def test_losses_and_networks_are_described_by_source_and_numbers(settings):
+def test_losses_and_networks_are_described_by_source_and_numbers(settings, monkeypatch):
     warm, soft = replace(settings, temperature=4), kd.distillation_loss
     changes = {
-        "amount was 0.1 and is 0.2": [smoothed(a, settings) for a in (0.1, 0.2)],
-        "settings.temperature was 3.0 and is 4": [
-            smoothed(0.1, numbers) for numbers in (settings, warm)
-        ],
+        "power was 1 and is 2": (smoothed(settings), smoothed(settings, power=2)),
+        "settings.temperature was 3.0 and is 4": (smoothed(settings), smoothed(warm)),
         "alpha was 0.5 and is 0.9": [partial(soft, alpha=a) for a in (0.5, 0.9)],
         "source has changed": (distilled, label_loss),
     }
     for told, losses in changes.items():
         assert kd.differences(*map(kd.describe_loss, losses)) == [told]
+    before = kd.describe_loss(smoothed(settings))
+    monkeypatch.setitem(globals(), "AMOUNT", 0.2)
+    after = kd.describe_loss(smoothed(settings))
+    assert kd.differences(before, after) == ["AMOUNT was 0.1 and is 0.2"]
     sources = kd.describe_network(kd.ConvBlock(3, 4))["source"]
     assert any("x + self.refine(x)" in source for source in sources)
 
 
-def test_stage_of_other_data_parts_or_settings_is_another(exact, settings):
+def test_stage_of_other_data_parts_or_settings_is_another(exact, settings, teacher):
     old, val = make_stage(settings).record, make_split(24, seed=1)
 
     def told(settings=settings, **changes):
@@ -224,10 +235,10 @@ def test_stage_of_other_data_parts_or_settings_is_another(exact, settings):
         setattr(part, name, getattr(part, name).roll(1, 0))
         assert told(splits=(part, val)) == ["content of train has changed"]
         assert told(splits=(make_split(), part)) == ["content of val has changed"]
-    assert told(teacher=make_teacher()) == ["teacher has changed"]
+    assert told(teacher=teacher) == ["teacher has changed"]
     assert told(losses={"alone": distilled}) == ["losses, alone, source has changed"]
     networks = {"layers": partial(tiny, activation=nn.SiLU)}
-    networks["initial weights"] = lambda num_classes: make_teacher()
+    networks["initial weights"] = lambda num_classes: teacher
     for key, network in networks.items():
         found = told(networks={"tiny": network})
         assert found == [f"networks, tiny, {key} has changed"]
@@ -240,7 +251,7 @@ def test_stage_of_other_data_parts_or_settings_is_another(exact, settings):
 
 
 # ── Files ─────────────────────────────────────────────────────────────────
-def test_what_cannot_be_used_is_set_aside_and_nothing_is_overwritten(settings, capsys):
+def test_what_cannot_be_used_or_written_is_told(settings, monkeypatch, capsys):
     finish(make_stage(settings))
     path = settings.runs_dir / "Experiment 1.pt"
     whole = path.read_bytes()
@@ -251,8 +262,9 @@ def test_what_cannot_be_used_is_set_aside_and_nothing_is_overwritten(settings, c
         assert told in capsys.readouterr().out
     asides = sorted(settings.runs_dir.glob("Experiment 1.pt.*"))
     assert [aside.read_bytes() for aside in asides] == list(contents)
-    with pytest.raises(OSError):  # where nothing can be written, it is noticed at once
-        next(make_stage(replace(settings, runs_dir=Path("/proc/self"))).epochs_left())
+    monkeypatch.setattr(kd.tempfile, "TemporaryFile", Mock(side_effect=PermissionError))
+    with pytest.raises(PermissionError):  # it is noticed before the first step
+        next(make_stage(settings).epochs_left())
 
 
 def test_rename_is_tried_again(settings, monkeypatch):
@@ -265,58 +277,31 @@ def test_rename_is_tried_again(settings, monkeypatch):
     assert str(os.getpid()) in aside.name  # a name that no other process writes
 
 
-def train_in_a_child(settings, ready):
-    kd.DEVICE, kd.CHECKPOINT_SECONDS = torch.device("cpu"), 0
-    kd.choose_precision = lambda: torch.float32
-    train = run_cells("def train(stage)")["train"]
-    ready.set()
-    train(make_stage(settings, name="cut"))
-
-
-def test_kills_at_random_moments_change_nothing(exact, settings, train):
-    settings, moments, kills = replace(settings, epochs=30), random.Random(0), 0
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, none can fork")
+def test_kills_at_random_moments_change_nothing(exact, settings, train, monkeypatch):
+    monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", 0)
+    settings, moments = replace(settings, epochs=30), random.Random(0)
     whole, resumed = (make_stage(settings, name=name) for name in ("whole", "cut"))
     train(whole)
-    context = multiprocessing.get_context("forkserver")  # imports torch once for all
-    context.set_forkserver_preload(["torch._subclasses", "torchvision", "nbformat"])
     for _ in range(5):
-        ready = context.Event()
-        process = context.Process(target=train_in_a_child, args=(settings, ready))
-        process.start()
-        assert ready.wait(60)
-        process.join(moments.uniform(0.02, 0.3))  # the moment, not a wait for something
-        kills += process.is_alive()  # else the training was faster
-        process.kill()  # SIGKILL
-        process.join()
+        child = os.fork()
+        if not child:
+            try:
+                train(make_stage(settings, name="cut"))
+            finally:
+                os._exit(0)
+        time.sleep(moments.uniform(0.02, 0.3))  # the moment, not a wait for something
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert resumed.path.exists()
     train(resumed)
     assert_same(whole.students, resumed.students)
-    assert kills and not list(settings.runs_dir.glob("*.pt.*"))  # never damaged
+    assert not list(settings.runs_dir.glob("*.pt.*"))  # never damaged
 
 
-# ── On a GPU, or on one that is not there ────────────────────────────────────
-def train_watched(settings, build, watch=lambda: None):
-    """Three steps of both networks with a teacher, the last two after `watch`."""
-    split, students = make_split(), []
-    for name, network in kd.STUDENTS.items():
-        student = kd.Student(build(network), name, "a", 0, distilled, settings, 100)
-        student.is_open = True
-        students.append(student)
-
-    def batches(epoch):
-        stream = kd.augmented_batches(split, settings, epoch)
-        yield next(stream)  # the epoch's random choices are sent, states are made
-        watch()
-        yield from stream
-
-    stage = SimpleNamespace(epochs_left=lambda: [0], batches=batches)
-    stage.students, stage.teacher = students, build(tiny).to(kd.DEVICE).eval()
-    run_cells("def train(stage)")["train"](stage)
-    assert [student.steps for student in students] == [3, 3]
-    return students[0].losses[0]
-
-
+# ── On a GPU, or on one that is not there ─────────────────────────────────
 @pytest.mark.skipif(torch.cuda.is_available(), reason="see the next test")
-def test_steps_on_a_gpu_that_is_not_there_read_nothing_back(settings, monkeypatch):
+def test_steps_on_a_gpu_that_is_not_there_read_nothing(settings, train, monkeypatch):
     def backward(loss):  # the true one needs a driver
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
@@ -328,7 +313,7 @@ def test_steps_on_a_gpu_that_is_not_there_read_nothing_back(settings, monkeypatc
         weights.extend(made.parameters())
         return made
 
-    common, weights = torch.cuda.amp.common, []
+    common, weights, students = torch.cuda.amp.common, [], []
     monkeypatch.setattr(common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(kd, "choose_precision", lambda: torch.float16)
@@ -338,14 +323,78 @@ def test_steps_on_a_gpu_that_is_not_there_read_nothing_back(settings, monkeypatc
             torch.zeros(1).to("cuda")
         except RuntimeError:
             pytest.skip("this torch needs a driver even for tensors that are not there")
-        loss = train_watched(settings, build)
-    assert loss.dtype is torch.float32 and loss.device == kd.DEVICE
+        for name, network in kd.STUDENTS.items():
+            student = kd.Student(build(network), name, "a", 0, distilled, settings, 100)
+            student.is_open = True
+            students.append(student)
+        stage = SimpleNamespace(students=students, teacher=build(tiny).eval())
+        stage.epochs_left = lambda: [0]
+        stage.batches = partial(kd.augmented_batches, make_split(), settings)
+        train(stage)
+    for student in students:
+        assert student.steps == 3 and student.losses[0].device == kd.DEVICE
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_steps_on_a_gpu_wait_for_nothing(settings):
-    set_mode = torch.cuda.set_sync_debug_mode
-    try:
-        train_watched(settings, lambda make: make(3), lambda: set_mode("error"))
-    finally:
-        set_mode("default")
+def test_steps_on_a_gpu_wait_for_nothing(settings, teacher, train, monkeypatch):
+    def watched(split, settings, epoch):
+        stream = batches(split, settings, epoch)
+        yield next(stream)  # the epoch's random choices are sent, states are made
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from stream
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    batches, losses = kd.augmented_batches, {"a": distilled}
+    monkeypatch.setattr(kd, "augmented_batches", watched)
+    train(make_stage(settings, losses, networks=kd.STUDENTS, teacher=teacher))
+
+
+# ── Results ───────────────────────────────────────────────────────────────
+def test_gains_are_paired_by_seed_and_take_any_metric(settings):
+    make_study(settings)
+    longer = make_stage(replace(settings, seeds=(1,)), {"longer": distilled}, name="x")
+    finish(longer, {("longer", 1): 2 * ANSWERS["distilled", 1]})
+    results = kd.Results(settings.runs_dir, VAL)
+    for arm, other in (("distilled", "alone"), ("alone", "class mean")):
+        pairs = [(RIGHT[arm, seed], RIGHT[other, seed]) for seed in (1, 0)]
+        expected = sorted((a.int() - b.int()).tolist() for a, b in pairs)
+        assert sorted(results.gains("tiny", arm, other).tolist()) == expected
+    found = results.gains("tiny", "longer", "alone", lambda logits, _: logits.amax(1))
+    assert found.tolist() == [[4.0] * 24]  # of the seed that both have
+    assert np.array_equal(results.never_seen, np.arange(24) % 4 == 0)
+    with pytest.raises(KeyError):
+        results.gains("tiny", "taught")
+    finish(make_stage(settings, name="once more"), ANSWERS)
+    with pytest.raises(ValueError, match=r"once more\.pt repeats tiny, alone"):
+        kd.Results(settings.runs_dir, VAL)
+
+
+def test_experiments_that_do_not_belong_together_are_refused(settings, monkeypatch):
+    def assert_refused(told, val=VAL):
+        with pytest.raises(ValueError, match=told):
+            kd.Results(settings.runs_dir, val)
+
+    make_study(settings, replace(settings, learning_rate=0.1))
+    assert_refused("1 and 2 differ: peak learning rate was 0.004 and is 0.1")
+    make_study(settings, shift=0.5)
+    assert_refused("Experiment 2 had another teacher")
+    make_study(settings)
+    assert_refused(r"1\.pt was scored on other images", make_split(24, seed=5))
+    monkeypatch.setattr(kd, "choose_precision", lambda: torch.float64)
+    finish(make_stage(settings), ANSWERS)
+    assert_refused("precision was float64 and is ")
+
+
+def test_what_is_unfinished_damaged_or_a_trial_is_left_out(settings, capsys):
+    one, two = make_study(settings)
+    splits = (make_split(), make_split(24))
+    finish(make_stage(settings, name="trials/x", splits=splits), ANSWERS)
+    two.path.write_bytes(b"damaged")
+    torch.save({"foreign": 1}, settings.runs_dir / "mine.pt")
+    one.seconds.pop()
+    one.save()
+    assert set(kd.Results(settings.runs_dir, VAL).stages) == {"teacher"}
+    assert "is no readable checkpoint" in capsys.readouterr().out
+    assert (settings.runs_dir / "Experiment 2.pt.1").read_bytes() == b"damaged"

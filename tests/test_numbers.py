@@ -1,10 +1,13 @@
-"""Loss and networks against independent calculations; precision, and the teacher."""
+"""Loss, networks and statistics against independent calculations."""
 
 import copy
 import math
+import re
 from hashlib import sha256
+from itertools import islice
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,7 +57,7 @@ def shaken(network):
     """The network in evaluation mode, with batch statistics that are not 0 and 1."""
     with kd.seeded(0):
         for name, tensor in network.state_dict().items():
-            if tensor.dim() == 1 and not name.startswith("8"):
+            if tensor.dim() == 1 and not name.startswith("8"):  # the last layer
                 tensor.uniform_(0.5, 1.5)
     return network.eval()
 
@@ -63,7 +66,7 @@ def custom_by_functions(network, x):
     values = iter(network.state_dict().values())
 
     def layer(x, stride, groups):
-        weight, scale, shift, average, variance, _ = (next(values) for _ in range(6))
+        weight, scale, shift, average, variance, _batches = islice(values, 6)
         x = F.conv2d(x, weight, None, stride, 1, groups=groups)
         return F.relu(F.batch_norm(x, average, variance, scale, shift))
 
@@ -83,7 +86,7 @@ def lenet_by_functions(network, x):
     return F.linear(x, next(values), next(values))
 
 
-def test_networks_are_their_functional_recomputations_with_the_papers_sizes():
+def test_networks_are_their_functional_recomputations():
     with kd.seeded(1):
         lenet, custom = kd.LeNet5(10), shaken(kd.CustomCNN(10))
         small, odd = 3 * torch.randn(2, 3, 32, 32), torch.randn(2, 3, 97, 97)
@@ -95,7 +98,7 @@ def test_networks_are_their_functional_recomputations_with_the_papers_sizes():
     assert isinstance(custom[-2], nn.Dropout) and custom[-2].p == 0.2
 
 
-def test_prediction_is_repeatable_and_changes_nothing(exact):
+def test_prediction_is_the_plain_one_and_changes_nothing(exact):
     network, split = shaken(tiny(3)), make_split(300)
     before = copy.deepcopy(network)
     found = kd.predict(network.train(), split)
@@ -129,12 +132,13 @@ def test_precision_follows_the_hardware(monkeypatch, native):
 def test_teacher_is_read_from_a_half_precision_file(monkeypatch, tmp_path, key):
     monkeypatch.setattr(kd, "resnet50", resnet18)  # built alike, but quick
     source, path = resnet18(), tmp_path / "weights.pth"
-    source.bn1.running_var[0] = 1e6  # too large for float16
+    source.bn1.running_var[:2] = torch.tensor([1e6, torch.nan])  # the first: inf there
     state = source.half().state_dict()
     torch.save({"epoch": 9, key: state} if key else state, path)
     teacher = kd.build_teacher(10, str(path))
     assert torch.equal(teacher.conv1.weight, source.conv1.weight.float())
-    assert teacher.bn1.running_var[0] == 65504 and teacher.fc.out_features == 10
+    found = teacher.bn1.running_var
+    assert found[0] == 65504 and found[1].isnan() and teacher.fc.out_features == 10
     assert sha256(path.read_bytes()).hexdigest() in teacher.origin
 
 
@@ -149,6 +153,44 @@ def test_weights_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
     assert_explained("no route to host.*KD_TEACHER_WEIGHTS")
     path = tmp_path / "checkpoints" / "resnet50-0676ba61.pth"
     path.write_bytes(b"PK\3\4 cut")
-    assert_explained(f"{path}.* delete it")
+    assert_explained(f"{re.escape(str(path))}.* delete it")
     torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
     assert_explained(r"foreign\.pth.*encoder\.weight", str(tmp_path / "foreign.pth"))
+
+
+# ── Statistics ────────────────────────────────────────────────────────────
+def student_quantile(freedom):
+    """The 97.5 % quantile of Student's t, by adding up its density."""
+    x = np.arange(0, 20, 1e-4) + 5e-5
+    gammas = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    density *= math.exp(gammas) / math.sqrt(math.pi * freedom)
+    return x[np.searchsorted(np.cumsum(density) * 1e-4, 0.475)]
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 10), *range(10, 101, 10), 46, 900])
+def test_interval_of_seeds_or_images_is_students(freedom):
+    number = np.arange(freedom + 1.0)
+    number /= math.sqrt(number.var(ddof=1) / len(number))  # so its standard error is 1
+    in_table = freedom if freedom < 10 else min(freedom // 10 * 10, 100)
+    expected = number.mean() + student_quantile(in_table) * np.array([0, -1, 1])
+    gains = np.outer(number, np.ones(5))
+    for found in (kd.interval(gains), kd.interval(gains.T)):
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_interval_adds_up_and_a_verdict_follows_it():
+    # Squared errors: 9 / 3 of the seeds and 12 / 4 of the images. Degrees of freedom:
+    # (3 + 3)² / (3² / 2 + 3² / 3) = 4.8, rounded down
+    gains = np.add.outer([0, 3, 6], [-3, -3, 3, 3])
+    half = student_quantile(4) * math.sqrt(3 + 3)
+    assert kd.interval(gains) == pytest.approx((3, 3 - half, 3 + half), abs=5e-3)
+
+    gains = np.zeros((5, 134))
+    assert kd.verdict(gains) == "inconclusive" and kd.interval(gains) == (0, 0, 0)
+    gains[:, :3] = 1  # the seeds agree, but three images may be luck
+    assert kd.verdict(gains) == kd.verdict(-gains) == "inconclusive"
+    gains[:, :12] = 1
+    assert kd.verdict(gains) == "helps" and kd.verdict(-gains) == "hurts"
+    assert kd.verdict(gains[:1]) == kd.verdict(gains[:, :1]) == "inconclusive"
+    assert np.isnan(kd.interval(gains[:, :0])).all()  # nothing is never seen
