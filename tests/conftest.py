@@ -1,15 +1,18 @@
 """What the tests share: small splits, a quick network, the notebooks' own cells."""
 
+import io
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,53 +92,34 @@ def make_stage(settings, losses=None, name="Experiment 1", **changes):
     return kd.Stage(name, losses, settings, splits, networks, changes.get("teacher"))
 
 
-def finish(stage, logits=None):
-    """Writes the file of a finished stage without its training."""
-    epochs = range(stage.settings.epochs)
-    for student in stage.students:
-        answers = logits[student.arm, student.seed] if logits else torch.zeros(24, 3)
-        student.logits = answers
-        student.history = {key: [0.25 for _ in epochs] for key in student.history}
-    stage.seconds = [60.0 * (epoch + 1) for epoch in epochs]
-    stage.path.parent.mkdir(parents=True, exist_ok=True)
-    stage.save()
+def photograph(level=90, mode="RGB"):
+    """The bytes of a grey JPEG."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 40), (level, level, level)).convert(mode).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
-VAL = make_split(24, seed=1)
-RIGHT = {  # whose answers are right, by arm and seed: all different
-    ("alone", 0): torch.arange(24) % 3 == 0,
-    ("alone", 1): torch.arange(24) % 4 == 0,
-    ("class mean", 0): torch.arange(24) % 2 == 0,
-    ("class mean", 1): torch.arange(24) < 15,
-    ("distilled", 0): torch.arange(24) > 6,
-    ("distilled", 1): torch.arange(24) % 5 > 0,
-}
-ANSWERS = {  # logits; a right answer is the label, a wrong one the next class
-    key: 4.0 * torch.eye(3)[(torch.arange(24) + (~right).int()) % 3]
-    for key, right in RIGHT.items()
-}
-
-
-def make_study(settings, second=None, shift=0.0):
-    """The files of a study; `shift` makes another teacher, which it does not report."""
-    one = make_stage(settings)
-    finish(one, ANSWERS)
-    build, once = {"ResNet-50": tiny}, replace(settings, seeds=(0,))
-    learner = make_stage(once, {"teacher": label_loss}, "teacher", networks=build)
-    finish(learner, {("teacher", 0): ANSWERS["distilled", 1]})
-    teacher = learner.students[0].network
-    teacher[-1].bias.data += shift
-    losses = {"class mean": distilled, "distilled": distilled}
-    two = make_stage(second or settings, losses, "Experiment 2", teacher=teacher)
-    two.students.reverse()  # the order in a file must not matter
-    finish(two, ANSWERS)
-    return one, two
+def own_folder(root, images, copies=1):
+    """`root` with train and val, each with classes of one image in several copies."""
+    for split, name, number in product(("train", "val"), images, range(copies)):
+        path = root / split / name / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images[name])
+    return root
 
 
 def same(first, second):
     """Whether two networks have the same weights and buffers, bit for bit."""
     pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def compare(students, others):
+    """Asserts that they are the same, bit for bit."""
+    for first, second in zip(students, others, strict=True):
+        assert same(first.network, second.network) and first.key == second.key
+        assert torch.equal(first.logits, second.logits)
+        assert first.history == second.history
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import RIGHT, ROOT, VAL, code_cells, make_split, make_study, run_cells
+from conftest import ROOT, code_cells, make_split, own_folder, photograph, run_cells
 from nbclient import NotebookClient
-from PIL import Image
+from study import RIGHT, VAL, make_study
 
 import kd_utils as kd
 
@@ -89,24 +89,16 @@ print(json.dumps([*answers, json.loads(extra["classes.json"])]))
 """
 
 
-def test_imagewoof_runs_on_ones_own_folder_and_its_network_leaves(
-    tmp_path, monkeypatch
-):
-    rng = np.random.default_rng(0)
-    for index in range(112):  # three classes, none of ImageNet's, no never-seen images
-        split = "train" if index < 64 else "val"
-        path = tmp_path / "own" / split / "abc"[index % 3] / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+def test_all_of_imagewoof_runs_and_its_network_leaves(tmp_path, monkeypatch):
+    images = {name: photograph(60 * number) for number, name in enumerate("abc")}
+    own = own_folder(tmp_path / "own", images, copies=22)  # no never-seen images
     notebook = read(WOOF)
     for cell in notebook.cells:  # the exercises, too, and then the report again
         cell.source = cell.source.replace("RUN = False", "RUN = True")
     titles = [cell.source.split(":")[0] for cell in notebook.cells]
     report = notebook.cells[titles.index("# @title Read the results") :]
     notebook.cells += [cell.copy() for cell in report if "@title" in cell.source]
-    text = execute(
-        notebook, tmp_path, monkeypatch, f"DATASET = {str(tmp_path / 'own')!r}"
-    )
+    text = execute(notebook, tmp_path, monkeypatch, f"DATASET = {str(own)!r}")
     assert "by hand 0.6450, kd.distillation_loss 0.6450" in text
     assert text.count("**Distillation into") == 4 and "lead over alone, longer" in text
     assert text.count("By the rule, the choice") == 2 and "lead over smoothed" in text
