@@ -134,7 +134,7 @@ def test_either_experiment_may_be_left_out(left_out, tmp_path, monkeypatch):
             cell.source = ""
     text = execute(notebook, tmp_path, monkeypatch)
     assert f"Not run yet: {left_out}" in text and "no verdict" in text
-    assert "nan" not in text
+    assert "the 40 never-seen images" in text and "nan" not in text
 
 
 # ── Single cells ──────────────────────────────────────────────────────────
