@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -270,6 +271,7 @@ def test_kills_at_random_moments_change_nothing(exact, settings, train, monkeypa
         child = os.fork()
         if not child:
             try:
+                kd.tqdm.set_lock(threading.RLock())  # dies with the child
                 train(make_stage(settings, name="cut"))
             finally:
                 os._exit(0)
