@@ -2,11 +2,10 @@
     python tests/bench_kd_utils.py [size [images [batch size [repeats]]]]
 
 Both sides of a comparison run in turn; medians of the repeats, with their range. The
-images are Imagewoof's where KD_DATA_DIR (default: data) holds it, else the drawn ones.
+images are Imagewoof's where the folder data holds it, else the drawn ones.
 """
 
 import io
-import os
 import sys
 import tempfile
 import time
@@ -55,7 +54,7 @@ def show(what, values, form=".2f"):
 
 class Bench:
     def __init__(self, size=64, images=1024, batch_size=64, repeats=3):
-        data_dir = Path(os.environ.get("KD_DATA_DIR", "data"))
+        data_dir = Path("data")
         name = "imagewoof2-160" if (data_dir / "imagewoof2-160").exists() else "demo"
         self.folder, self.repeats = kd.download_dataset(name, data_dir), repeats
         whole = kd.load_split(self.folder, "train", size)
