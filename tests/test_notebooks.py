@@ -60,7 +60,7 @@ def test_committed_notebook_is_clean_run_once_and_quoted_by_the_readme(name):
     _, *studies = (ROOT / "tests/full_h100.txt").read_text().split("## Image")
     texts = {"": text_of(notebook), ", H100": studies[name == NETTE]}
     rows = re.findall(rf"^\| {name[:-9]}(, H100)? (\|.*\|)$", readme, re.MULTILINE)
-    assert rows and all(row in texts[study] for study, row in rows)
+    assert len(rows) == 4 and all(row in texts[study] for study, row in rows)
 
 
 # ── Top to bottom ─────────────────────────────────────────────────────────
