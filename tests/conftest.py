@@ -3,12 +3,12 @@
 import io
 import os
 import sys
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,20 +24,10 @@ torch.set_num_threads(1)  # the networks here are small
 import kd_utils as kd  # noqa: E402 - found through the path above
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a stage needs to know."""
-
-    runs_dir: Path
-    dataset: str = "demo"
-    seeds: tuple = (0, 1)
-    epochs: int = 2
-    batch_size: int = 16
-    learning_rate: float = 0.004
-    weight_decay: float = 0.05
-    min_crop: float = 0.35
-    stream_seed: int = 0
-    temperature: float = 3.0
+def make_settings(runs_dir, **changes):
+    recipe = kd.Recipe(learning_rate=0.004, temperature=3.0, alpha=0.5)
+    small = {"seeds": (0, 1), "epochs": 2, "batch_size": 16, "image_size": 32}
+    return kd.Settings(runs_dir=runs_dir, **{"recipe": recipe, **small, **changes})
 
 
 def code_cells(name="Imagewoof_KD.ipynb"):
@@ -47,18 +37,18 @@ def code_cells(name="Imagewoof_KD.ipynb"):
 
 def run_cells(*starts, **names):
     """Runs the cells of Imagewoof that begin so, and returns what they define."""
-    names = {"kd": kd, "torch": torch, "F": F, **names}
+    names = {"kd": kd, "torch": torch, "F": F, "np": np, "Path": Path, **names}
     for start in starts:
         [cell] = [source for source in code_cells() if source.startswith(start)]
         exec(cell, names)
     return names
 
 
-def label_loss(student_logits, teacher_logits, targets):
+def label_loss(student_logits, teacher_logits, targets, recipe):
     return F.cross_entropy(student_logits.float(), targets)
 
 
-def distilled(student_logits, teacher_logits, targets):
+def distilled(student_logits, teacher_logits, targets, recipe):
     return kd.distillation_loss(student_logits, teacher_logits, targets, 2.0, 0.5)
 
 
@@ -124,7 +114,7 @@ def compare(students, others):
 
 @pytest.fixture
 def settings(tmp_path):
-    return Settings(tmp_path / "runs")
+    return make_settings(tmp_path / "runs")
 
 
 @pytest.fixture

@@ -6,17 +6,30 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import make_dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, code_cells, make_split, own_folder, photograph, run_cells
+from conftest import (
+    ROOT,
+    code_cells,
+    make_settings,
+    make_split,
+    own_folder,
+    photograph,
+    run_cells,
+)
 from nbclient import NotebookClient
-from study import RIGHT, VAL, make_study
+from PIL import Image, ImageDraw
+from study import ANSWERS, RIGHT, VAL, make_study
+from torch import nn
 
 import kd_utils as kd
 
@@ -58,9 +71,8 @@ def test_committed_notebook_is_clean_run_once_and_quoted_by_the_readme(name):
             assert cell.metadata.cellView == "form"
             assert cell.metadata.jupyter.source_hidden
     _, *studies = (ROOT / "tests/full_h100.txt").read_text().split("## Image")
-    texts = {"": text_of(notebook), ", H100": studies[name == NETTE]}
-    rows = re.findall(rf"^\| {name[:-9]}(, H100)? (\|.*\|)$", readme, re.MULTILINE)
-    assert len(rows) == 4 and all(row in texts[study] for study, row in rows)
+    rows = re.findall(rf"^\| {name[:-9]} (\|.*\|)$", readme, re.MULTILINE)
+    assert len(rows) == 2 and all(row in studies[name == NETTE] for row in rows)
 
 
 # ── Top to bottom ─────────────────────────────────────────────────────────
@@ -70,8 +82,9 @@ def execute(notebook, tmp_path, monkeypatch, *lines):
     for folder in ("DATA_DIR", "RUNS_DIR"):
         monkeypatch.setenv(f"KD_{folder}", str(tmp_path))
     for cell in notebook.cells:
-        if "SETTINGS = make_dataclass(" in cell.source:
-            cell.source += "\nSETTINGS = replace(SETTINGS, epochs=1, image_size=32)"
+        if "SETTINGS = kd.Settings(" in cell.source:
+            smaller = "epochs=1, image_size=32, teacher='resnet18'"
+            cell.source += f"\nSETTINGS = replace(SETTINGS, {smaller})"
         if cell.metadata.get("tags") == ["parameters"]:
             cell.source = "\n".join([cell.source, *lines])
     resources = {"metadata": {"path": str(ROOT)}}
@@ -107,10 +120,8 @@ def test_all_of_imagewoof_runs_and_its_network_leaves(tmp_path, monkeypatch):
 
     names = "Experiment 2", "teacher", "trials/teacher", "trials/T and alpha"
     files = [kd.read_checkpoint(tmp_path / f"own-demo/{name}.pt") for name in names]
-    content = [saved["record"]["content of train"] for saved in files]
+    content = [saved["record"]["chosen of train"] for saved in files]
     assert content[0] == content[1] != content[2] == content[3]
-    assert files[1]["record"]["peak learning rate"] == 2e-4
-    assert files[0]["record"]["losses"]["distilled"]["temperature"] == "4.0"
 
     network = kd.CustomCNN(3).eval()
     student = files[0]["students"]["Custom CNN", "distilled", 0]
@@ -145,16 +156,16 @@ def test_set_up_asks_until_it_gets_the_module(tmp_path, monkeypatch, capsys):
     colab = Mock(**{"files.upload.side_effect": uploads})
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     monkeypatch.chdir(tmp_path)
+    Path("kd_utils.py").write_text("def distillation_loss(")  # an older one
     exec(code_cells()[0], {})
-    assert capsys.readouterr().out.count("That was not kd_utils.py") == 2
-    assert Path("kd_utils.py").read_bytes() == module
+    told = capsys.readouterr().out.count("That was not the kd_utils.py")
+    assert told == 2 and Path("kd_utils.py").read_bytes() == module
 
 
 def choose(dataset, profile=""):
     names = {"DATASET": dataset, "PROFILE": profile, "KEEP_ON_DRIVE": False, "os": os}
-    names |= {"Path": Path, "make_dataclass": make_dataclass}
-    cells = "NUMBERS =", "PROFILES =", "# @title Choose the profile", "chosen ="
-    return run_cells(*cells, **names)["SETTINGS"]
+    cells = "PROFILES =", "# @title Choose the profile", "weights ="
+    return run_cells(*cells, asdict=asdict, **names)["SETTINGS"]
 
 
 def test_profiles_and_folders_are_chosen_by_name(monkeypatch, capsys):
@@ -168,80 +179,333 @@ def test_profiles_and_folders_are_chosen_by_name(monkeypatch, capsys):
     monkeypatch.setenv("KD_RUNS_DIR", "~/kd")
     monkeypatch.setenv("KD_SEEDS", "4")
     found = choose("imagenette2-160", "demo")
-    assert (found.dataset, found.seeds, found.epochs) == ("demo", (0, 1, 2, 3), 3)
-    assert "~" not in str(found.runs_dir) and found.teacher_weights is None
-    monkeypatch.setenv("KD_TEACHER_WEIGHTS", "no/such/file.pth")
-    with pytest.raises(FileNotFoundError, match=r"no/such/file\.pth"):
-        choose("imagewoof2-160", "small")  # at the start, not an hour later
+    assert (found.seeds, found.epochs, found.teacher_weights) == ((0, 1, 2, 3), 3, None)
+    assert found.dataset == "data/demo" and "~" not in str(found.runs_dir)
+    for wrong in ("no/such/file", "IMAGENET1K_V9"):  # at the start, not an hour later
+        monkeypatch.setenv("KD_TEACHER_WEIGHTS", wrong)
+        with pytest.raises(ValueError, match=f"{wrong}.*IMAGENET1K_V1, IMAGENET1K_V2"):
+            choose("imagewoof2-160", "small")
 
 
-def test_losses_of_labels_and_of_class_means_are_those_of_plain_formulas(settings):
+def test_demo_draws_shapes_that_belong_to_their_class(tmp_path):
+    cell = "# @title Draw the demo's photographs"
+    draw = run_cells(cell, Image=Image, ImageDraw=ImageDraw)["draw_demo_dataset"]
+    draw(tmp_path / "demo")
+    split = kd.load_split(tmp_path / "demo", "train", 96)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert len(split) == 200 and len(split.classes) == 10
+    red, green, blue = split.images.float().cpu().unbind(1)
+    shapes = {"gold": (red > 200) & (blue < 120), "plum": (red > 180) & (blue > 180)}
+    for label, name in enumerate(split.classes):
+        colour, corners = re.match(r"(\w+) (\d)", name).groups()
+        filled = shapes[colour][split.targets.cpu() == label].float()
+        rows, columns = filled.amax(2).sum(1), filled.amax(1).sum(1)
+        share = (filled.sum((1, 2)) / (rows * columns)).mean()  # of the box around it
+        expected = {"3": 0.5, "4": 1.0, "5": 0.69, "6": 0.75, "7": 0.74}[corners]
+        assert share == pytest.approx(expected, abs=0.06), name
+
+
+class Given:
+    """In place of `kd.Stage`: it keeps what it is given, and is not trained."""
+
+    made = []
+
+    def __init__(
+        self, name, losses, settings, splits, networks=kd.STUDENTS, teacher=None
+    ):
+        self.name, self.losses, self.settings = name, losses, settings
+        self.splits, self.networks, self.teacher = splits, networks, teacher
+        self.students = [
+            SimpleNamespace(
+                network="trained", arm="x", logits=torch.eye(3)[splits[1].targets]
+            )
+        ]
+        self.made.append(self)
+
+
+def test_losses_choices_and_teacher_get_what_they_should(settings, monkeypatch):
+    split = make_split(50)
+    held_out = torch.arange(50) % 10 == 0
+    build = partial(kd.build_classifier, name="resnet18", weights=None)
+    settings = replace(
+        settings,
+        teacher="resnet18",
+        teacher_weights=None,
+        teacher_epochs=7,
+        trial_epochs=5,
+    )
+    given = {"train_split": split, "SETTINGS": settings, "replace": replace}
+    given |= {"partial": partial, "splits": (split, VAL), "RUN_CHOICES": True}
+    given |= {"train": lambda stage: None}
+    monkeypatch.setattr(kd, "Stage", Given)
+    monkeypatch.setattr(Given, "made", [])
+    cells = ["def label_loss", "def fine_tune_teacher", "is_tenth =", "def tell_choice"]
+    names = run_cells(*cells, "RATES = ", "def fixed_loss", **given)
+    *rates, teacher, trial = Given.made
+    for stage in Given.made:
+        learned, held = stage.splits
+        for column in ("images", "targets", "never_seen"):
+            assert torch.equal(getattr(held, column), getattr(split, column)[held_out])
+            assert torch.equal(
+                getattr(learned, column), getattr(split, column)[~held_out]
+            )
+        assert stage.settings.runs_dir == settings.runs_dir / "trials"
+    for stage in (*rates, trial):
+        assert stage.settings.seeds == (100,) and stage.settings.epochs == 5
+        assert not stage.settings.keep_weights and stage.networks is kd.STUDENTS
+    assert [s.settings.recipe.learning_rate for s in rates] == [
+        0.001,
+        0.002,
+        0.004,
+        0.008,
+    ]
+    assert all(stage.losses == {"alone": names["label_loss"]} for stage in rates)
+    assert teacher.settings.epochs == 7 and teacher.settings.seeds == (0,)
+    assert teacher.settings.keep_weights and trial.teacher == "trained"
+    [build] = teacher.networks.values()
+    assert (
+        list(teacher.networks) == ["teacher"]
+        and build(num_classes=3).fc.out_features == 3
+    )
+    logits = (
+        torch.tensor([[1.0, 0.0, 2.0]]),
+        torch.tensor([[0.5, 1.0, 0.0]]),
+        torch.tensor([1]),
+    )
+    for arm, loss in list(trial.losses.items())[1:]:
+        T, alpha = map(float, re.findall(r"[\d.]+", arm))
+        expected = kd.distillation_loss(*logits, T, alpha)
+        assert loss(*logits, settings.recipe) == expected
+
+    names["fine_tune_teacher"]("teacher")
+    assert Given.made[-1].splits == (split, VAL)
+    assert Given.made[-1].settings.runs_dir == settings.runs_dir
+
+
+def test_choice_is_made_by_its_rule(capsys):
+    given = {
+        "train_split": make_split(),
+        "replace": replace,
+        "SETTINGS": make_settings("."),
+    }
+    tell_choice = run_cells("is_tenth =", "def tell_choice", **given)["tell_choice"]
+    hits = {"present": (torch.arange(100) < 2).float(), "other": torch.zeros(100)}
+    for number, choice in ((3, "present"), (20, "other")):  # 3 may be luck
+        hits["other"][:number] = 1
+        tell_choice(hits, "present")
+        assert f"By the rule, the choice is {choice}" in capsys.readouterr().out
+
+
+def test_losses_of_arms_are_those_of_plain_formulas(settings):
     targets = torch.arange(6, device=kd.DEVICE) // 2
     images = (40 * torch.arange(6, dtype=torch.uint8)).view(6, 1, 1, 1)
     images = images.expand(6, 3, 32, 32).to(kd.DEVICE)
     weights = torch.tensor([[1.0, -2.0, 0.5]], device=kd.DEVICE)
+    other = kd.Recipe(temperature=2.0, alpha=1.0)
     given = {
         "teacher": lambda images: images.mean((1, 2, 3)).view(-1, 1) * weights,
         "train_split": kd.Split(images, targets, ("a", "b", "c"), targets > 9),
-        "SETTINGS": replace(settings, batch_size=6),  # temperature 3
+        "SETTINGS": replace(settings, batch_size=6, recipes={"LeNet-5": other}),
         "num_classes": 3,
     }
-    cells = "def label_loss", "class_means = torch.zeros", "def class_mean_loss"
+    cells = "def label_loss", "temperatures = {", "def class_mean_loss"
     names = run_cells(*cells, **given)
-    soft = (given["teacher"](kd.normalise(images)) / 3.0).softmax(1)
-    means = soft.view(3, 2, 3).mean(1)
-    assert torch.allclose(names["class_means"], means, atol=1e-5)
-
+    assert set(names["class_means"]) == {2.0, 3.0}
     logits, label = torch.tensor([[1.0, 0.0, 2.0]], device=kd.DEVICE), targets[2:3]
-    q, p = (logits[0] / 3.0).softmax(0), means[1]
-    found = names["class_mean_loss"](logits, None, label, 3.0, 1.0)
-    assert found.item() == pytest.approx(9 * (p * (p / q).log()).sum().item(), rel=1e-4)
-    found = names["label_loss"](logits, None, label)
-    assert found.item() == pytest.approx(math.log(math.e + 1 + math.e**2))
+    for T, alpha in ((3.0, 0.5), (2.0, 1.0)):
+        recipe = kd.Recipe(temperature=T, alpha=alpha)
+        soft = (given["teacher"](kd.normalise(images)) / T).softmax(1)
+        p, q = soft[2:4].mean(0), (logits[0] / T).softmax(0)
+        hard = math.log(math.e + 1 + math.e**2)
+        found = names["class_mean_loss"](logits, None, label, recipe).item()
+        expected = alpha * T**2 * (p * (p / q).log()).sum().item() + (1 - alpha) * hard
+        assert found == pytest.approx(expected, rel=1e-4)
+        found = names["distilled_loss"](logits, logits, label, recipe).item()
+        assert found == pytest.approx((1 - alpha) * hard, abs=1e-6)
+    assert names["label_loss"](logits, None, label, recipe).item() == pytest.approx(
+        hard
+    )
 
 
-def test_choice_is_made_by_its_rule_on_the_held_out_tenth(capsys):
-    split, settings = make_split(50), choose("a", "demo")
-    given = {"train_split": split, "SETTINGS": settings, "replace": replace}
-    names = run_cells("is_tenth =", "def tell_choice", **given)
-    learned, held_out = names["choice_splits"]
-    tenth = torch.arange(50) % 10 == 0
-    for name in ("images", "targets", "never_seen"):
-        assert torch.equal(getattr(held_out, name), getattr(split, name)[tenth])
-        assert torch.equal(getattr(learned, name), getattr(split, name)[~tenth])
-
-    hits = {"present": (torch.arange(100) < 2).float(), "other": torch.zeros(100)}
-    for number, choice in ((3, "present"), (20, "other")):  # 3 may be luck
-        hits["other"][:number] = 1
-        names["tell_choice"](hits, "present")
-        assert f"By the rule, the choice is {choice}" in capsys.readouterr().out
+def test_printed_quality_is_of_the_last_epoch(capsys):
+    histories = [[0.2, 0.9, 0.5], [0.3, 0.9, 0.6]]
+    students = [
+        SimpleNamespace(key=("a", "b", n), history={"val_accuracy": values})
+        for n, values in enumerate(histories)
+    ]
+    run_cells("def tell_quality", untaught=SimpleNamespace(students=students))
+    assert "a, b: 55.0 % of val right, from 50.0 to 60.0 (2" in capsys.readouterr().out
 
 
-def test_report_says_what_the_files_hold(settings):
+# ── The report, against an independent calculation ────────────────────────
+def softmax(logits):
+    powers = np.exp(logits.double().numpy())
+    return powers / powers.sum(1, keepdims=True)
+
+
+def mean_over_seeds(arm, measure):
+    seeds = [seed for name, seed in ANSWERS if name == arm]
+    return np.mean([measure(ANSWERS[arm, seed]) for seed in seeds])
+
+
+def accuracy(logits):
+    return (logits.argmax(1) == VAL.targets.cpu()).double().mean().item()
+
+
+def nll(logits):
+    return -np.log(softmax(logits)[range(24), VAL.targets.cpu()]).mean()
+
+
+def ece(logits):
+    p = softmax(logits).max(1)
+    hits = (logits.argmax(1) == VAL.targets.cpu()).numpy()
+    chosen = [np.flatnonzero(np.ceil(15 * p) == number) for number in range(1, 16)]
+    return sum(
+        abs(hits[c].mean() - p[c].mean()) * len(c) / 24 for c in chosen if len(c)
+    )
+
+
+def gain(arm, other, images=slice(None)):
+    pairs = [(RIGHT[arm, seed], RIGHT[other, seed]) for seed in (0, 1)]
+    gains = np.array([(a.int() - b.int()).numpy()[images] for a, b in pairs])
+    mean, low, high = (100 * value for value in kd.interval(gains))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+REPORT = [
+    "How numbers",
+    "Read the",
+    "Did it",
+    "How sure",
+    "What a verdict",
+    "The words of",
+]
+REPORT += [
+    "The verdicts",
+    "Metrics",
+    "By arm",
+    "Were the probabilities",
+    "Six photographs",
+]
+REPORT += ["The teacher's confusions", "Did the students", "What ran"]
+
+
+def report(settings):
+    shown, figures = [], []
+
+    def keep_figure():
+        figures.append(plt.gcf())
+
+    mocked = SimpleNamespace(**vars(plt) | {"show": keep_figure})
+    given = {"SETTINGS": settings, "val_split": VAL, "is_drawn": False, "plt": mocked}
+    given |= {
+        "Markdown": shown.append,
+        "num_classes": 3,
+        "COLOURS": {"teacher": "g", "alone": "k", "distilled": "b"},
+    }
+    run_cells(*(f"# @title {title}" for title in REPORT), **given)
+    return shown, figures
+
+
+def test_report_says_what_the_files_hold(settings, capsys):
     make_study(settings)
-    titles = ["How numbers", "Read the", "Did it", "How sure", "What a verdict"]
-    titles += ["The verdicts", "Metrics", "Were the probabilities"]
-    shown, cells = [], [f"# @title {title}" for title in titles]
-    given = {"SETTINGS": settings, "val_split": VAL, "Markdown": shown.append}
-    run_cells(*cells, np=np, **given)
-
-    def gain(arm, other, images=slice(None)):
-        pairs = [(RIGHT[arm, seed], RIGHT[other, seed]) for seed in (0, 1)]
-        gains = np.array([(a.int() - b.int()).numpy()[images] for a, b in pairs])
-        mean, low, high = (100 * value for value in kd.interval(gains))
-        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-    share = {arm: (RIGHT[arm, 0] + 0.0 + RIGHT[arm, 1]).mean() / 2 for arm, _ in RIGHT}
-    row = f"| tiny | {100 * share['alone']:.1f} | {100 * share['distilled']:.1f} | "
-    assert row + gain("distilled", "alone") + " | 2 of 2 |" in shown[0]
+    shown, (photographs, confusions) = report(settings)
+    table, sure, verdicts, arms, spoiled, followed, ran = shown
+    share = {
+        arm: 100 * mean_over_seeds(arm, accuracy) for arm in ("alone", "distilled")
+    }
+    row = f"| tiny | {share['alone']:.1f} | {share['distilled']:.1f} | "
+    assert row + gain("distilled", "alone") + " | 2 of 2 |" in table
     pairs = [("distilled", "alone"), ("distilled", "alone", slice(0, None, 4))]
     pairs += [("class mean", "alone"), ("distilled", "class mean")]
-    assert f"| tiny | {' | '.join(gain(*pair) for pair in pairs)} |" in shown[1]
-    assert "Distillation into tiny: helps.** It learned more" in shown[2]
-    # A wrong answer's cross-entropy is 4 more than a right one's
-    least = math.log1p(2 * math.exp(-4))
-    nll = [least + 4 * (1 - share[arm]) for arm in ("alone", "distilled")]
-    assert f"NLL better ({nll[0]:.3f} → {nll[1]:.3f})" in shown[3]
-    sure = 1 / (1 + 2 * math.exp(-4))  # of each answer
-    ece = [abs(share[arm] - sure) for arm in ("alone", "distilled")]
-    assert f"ECE better ({ece[0]:.3f} → {ece[1]:.3f})" in shown[3]
+    assert f"| tiny | {' | '.join(gain(*pair) for pair in pairs)} |" in sure
+    assert "Distillation into tiny: helps.** It learned more" in verdicts
+    assert "No clear lead over the teacher's mean answer" in verdicts
+
+    model = ANSWERS["teacher", 0].argmax(1)
+    for arm in ("alone", "class mean", "distilled"):
+        same = 100 * mean_over_seeds(
+            arm, lambda x: (x.argmax(1) == model).double().mean().item()
+        )
+        values = [mean_over_seeds(arm, measure) for measure in (nll, ece)]
+        row = f"| tiny | {arm} | {100 * mean_over_seeds(arm, accuracy):.1f} | {values[0]:.3f} | {values[1]:.3f} | {same:.1f} |"
+        assert row in arms
+    for name, measure in (("NLL", nll), ("ECE", ece)):
+        before, after = (
+            mean_over_seeds(arm, measure) for arm in ("alone", "distilled")
+        )
+        word = "worse" if after > before else "better"
+        assert f"{name} {word} ({before:.3f} → {after:.3f})" in spoiled
+    shares = {"only *distilled*": [], "only *alone*": []}
+    for seed in (0, 1):
+        old, new = RIGHT["alone", seed], RIGHT["distilled", seed]
+        for key, arm, which in (
+            ("only *distilled*", "distilled", old & ~new),
+            ("only *alone*", "alone", new & ~old),
+        ):
+            copied = ANSWERS[arm, seed].argmax(1) == model
+            shares[key].append(copied[which].double().mean().item())
+    means = [f"{np.mean(values):.0%}" for values in shares.values()]
+    assert means[0] != means[1]
+    assert re.findall(r"\d+%", spoiled) == means
+
+    def mean_p(arm):
+        chosen = [
+            softmax(ANSWERS[arm, seed])[range(24), VAL.targets.cpu()] for seed in (0, 1)
+        ]
+        return 100 * np.mean(chosen, axis=0)
+
+    change = np.sort(mean_p("distilled") - mean_p("alone"))
+    titles = [axis.get_title().split("\n")[1] for axis in photographs.axes]
+    expected = [*change[::-1][:3], *change[2::-1]]
+    expected = [*change[::-1][:3], *change[:3][::-1]]
+    assert titles == [f"{value:+.0f} points" for value in expected]
+
+    targets = VAL.targets.cpu()
+    bars = [patch.get_width() for patch in confusions.axes[1].patches]
+    recalls = {
+        arm: [
+            np.mean([RIGHT[arm, seed][targets == c].double().mean() for seed in (0, 1)])
+            for c in range(3)
+        ]
+        for arm in ("alone", "distilled")
+    }
+    changes = 100 * (np.array(recalls["distilled"]) - np.array(recalls["alone"]))
+    assert bars == pytest.approx(changes.tolist(), abs=1e-4)
+    counts = np.array(
+        [
+            [
+                ((targets == a) & (model == b)).sum() / (targets == a).sum()
+                for b in range(3)
+            ]
+            for a in range(3)
+        ]
+    )
+    np.fill_diagonal(counts, 0)
+    row, column = np.unravel_index(counts.argmax(), (3, 3))
+    line = f"Of *{VAL.classes[row]}*, the teacher calls {100 * counts[row, column]:.0f} % *{VAL.classes[column]}*"
+    assert line in followed and f"tiny {changes[row]:+.1f}" in followed
+    assert "learning_rate of tiny 0.004; temperature of tiny 3.0" in ran
+
+
+def test_one_seed_has_no_interval_and_no_verdict(settings):
+    make_study(replace(settings, seeds=(0,)))
+    shown, _ = report(replace(settings, seeds=(0,)))
+    assert "tiny: one seed.** One seed has no interval" in shown[2]
+    assert not re.search("contains 0|nan|No clear lead", "".join(shown))
+
+
+def test_drawing_of_networks_takes_any_network(settings):
+    class Wrapped(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.body = kd.build_classifier(20, "mobilenet_v3_small")
+            self.head = nn.Sequential(nn.BatchNorm1d(20), nn.Linear(20, num_classes))
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    names = run_cells("# @title The maps of a network", SETTINGS=settings, nn=nn)
+    assert [m[:2] for m in names["list_maps"](Wrapped(3))] == [(3, 32), (20, 1), (3, 1)]
+    maps = names["list_maps"](kd.LeNet5())
+    assert maps[:3] == [(3, 32, 0), (6, 28, 456), (6, 14, 0)]

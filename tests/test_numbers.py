@@ -2,9 +2,8 @@
 
 import copy
 import math
-import re
-from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conftest import make_split, same, tiny
 from torch import nn
-from torchvision.models import resnet18
 
 import kd_utils as kd
 
@@ -97,46 +95,87 @@ def test_prediction_is_the_plain_one_and_changes_nothing(exact):
     assert same(network, before) and not found.requires_grad
     expected = before.eval()(kd.normalise(split.images))
     assert found.shape == (300, 3) and torch.allclose(found, expected, atol=1e-5)
+    exact(torch.bfloat16)
+    rounded = kd.predict(network, split)
+    assert rounded.dtype is torch.float32 and not torch.equal(rounded, found)
+    assert torch.allclose(rounded, found, atol=0.05)
 
 
-@pytest.mark.parametrize("native", [True, False])  # an A100, and a T4
-def test_precision_follows_the_hardware(monkeypatch, native):
-    monkeypatch.setattr(kd, "DEVICE", torch.device("cuda"))
-    answer = Mock(side_effect=lambda including_emulation: native or including_emulation)
+@pytest.mark.parametrize(
+    "device, told, expected",
+    [
+        ("cuda", True, torch.bfloat16),  # an A100
+        ("cuda", False, torch.float16),  # a T4
+        ("cpu", "flags: avx2 amx_bf16", torch.bfloat16),
+        ("cpu", "flags: avx2", torch.float32),
+    ],
+)
+def test_precision_follows_the_hardware(monkeypatch, device, told, expected):
+    monkeypatch.setattr(kd, "DEVICE", torch.device(device))
+    answer = Mock(side_effect=lambda including_emulation: told or including_emulation)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
-    expected = torch.bfloat16 if native else torch.float16
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: told)
     assert kd.choose_precision.__wrapped__() is expected
 
 
-# ── The teacher ───────────────────────────────────────────────────────────
+def test_chance_is_torchs_own_and_is_given_back():
+    torch.manual_seed(3 * 1_000_003 + 2)
+    expected = torch.randn(5)
+    torch.manual_seed(8)
+    after = torch.randn(2)
+    torch.manual_seed(8)
+    with pytest.raises(KeyError), kd.seeded(3, 2):
+        assert torch.equal(torch.randn(5), expected)
+        raise KeyError
+    assert torch.equal(torch.randn(2), after)
+
+
+# ── Classifiers by name ───────────────────────────────────────────────────
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
-def test_teacher_is_read_from_a_half_precision_file(monkeypatch, tmp_path, key):
-    monkeypatch.setattr(kd, "resnet50", resnet18)  # built alike, but quick
-    source, path = resnet18(), tmp_path / "weights.pth"
+def test_weights_are_read_from_a_half_precision_file(tmp_path, key):
+    source, path = kd.build_classifier(9, "resnet18"), tmp_path / "weights"
     source.bn1.running_var[:2] = torch.tensor([1e6, torch.nan])  # the first: inf there
     state = source.half().state_dict()
     torch.save({"epoch": 9, key: state} if key else state, path)
-    teacher = kd.build_teacher(10, str(path))
-    assert torch.equal(teacher.conv1.weight, source.conv1.weight.float())
-    found = teacher.bn1.running_var
-    assert found[0] == 65504 and found[1].isnan() and teacher.fc.out_features == 10
-    assert sha256(path.read_bytes()).hexdigest() in teacher.origin
+    found = kd.build_classifier(10, "resnet18", str(path))
+    assert torch.equal(found.conv1.weight, source.conv1.weight.float())
+    assert found.bn1.running_var[0] == 65504 and found.bn1.running_var[1].isnan()
+    assert found.fc.out_features == 10
+    state = {name: value.nan_to_num(torch.nan) for name, value in state.items()}
+    state |= {name: found.state_dict()[name] for name in ("fc.weight", "fc.bias")}
+    assert found.initial_weights == f"weights, SHA-256 {kd.fingerprint(state.values())}"
 
 
-def test_weights_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
-    def assert_explained(told, weights="IMAGENET1K_V1"):
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "squeezenet1_0", "vit_b_16"])
+def test_any_classifier_keeps_all_but_its_last_layer(tmp_path, name):
+    path = tmp_path / "weights.pth"
+    torch.save(kd.build_classifier(5, name).state_dict(), path)
+    before, found = torch.load(path), kd.build_classifier(4, name, path).state_dict()
+    changed = [key for key in found if not found[key].equal(before[key])]
+    assert changed == list(found)[-2:] and [len(found[key]) for key in changed] == [
+        4,
+        4,
+    ]
+
+
+def test_networks_and_weights_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
+    def assert_explained(told, name="resnet18", weights="IMAGENET1K_V1"):
         with pytest.raises(ValueError, match=told):
-            kd.build_teacher(10, weights)
+            kd.build_classifier(10, name, weights)
 
+    assert_explained("'resnet19'.*mobilenet_v3_small", "resnet19")
+    for wrong in ("IMAGENET1K_V3", "imagenet1k_v1", "no/such/file"):
+        assert_explained(f"{wrong!r}: no file, nor one of IMAGENET1K_V1", weights=wrong)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     offline = Mock(side_effect=OSError("no route to host"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    assert_explained("no route to host.*KD_TEACHER_WEIGHTS")
-    path = tmp_path / "checkpoints" / "resnet50-0676ba61.pth"
-    path.write_bytes(b"PK\3\4 cut")
-    assert_explained(f"{re.escape(str(path))}.* delete it")
-    torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
-    assert_explained(r"foreign\.pth.*encoder\.weight", str(tmp_path / "foreign.pth"))
+    assert_explained("no resnet18 from IMAGENET1K_V1: no route to host")
+    cut, foreign = tmp_path / "cut.pth", tmp_path / "foreign.pth"
+    cut.write_bytes(b"PK\3\4 cut")
+    torch.save({"encoder.weight": torch.zeros(1)}, foreign)
+    assert_explained("no resnet18 from .*cut.pth", weights=cut)
+    assert_explained(r"foreign\.pth.*\n.*conv1", weights=foreign)
 
 
 # ── Statistics ────────────────────────────────────────────────────────────
@@ -160,7 +199,7 @@ def test_interval_of_seeds_or_images_is_students(freedom):
         assert found == pytest.approx(expected, abs=1e-3)
 
 
-def test_interval_adds_up_and_a_verdict_follows_it():
+def test_interval_adds_up():
     # Squared errors: 9 / 3 of the seeds and 12 / 4 of the images. Degrees of freedom:
     # (3 + 3)² / (3² / 2 + 3² / 3) = 4.8, rounded down
     gains = np.add.outer([0, 3, 6], [-3, -3, 3, 3])
@@ -168,10 +207,11 @@ def test_interval_adds_up_and_a_verdict_follows_it():
     assert kd.interval(gains) == pytest.approx((3, 3 - half, 3 + half), abs=5e-3)
 
     gains = np.zeros((5, 134))
-    assert kd.verdict(gains) == "inconclusive" and kd.interval(gains) == (0, 0, 0)
+    assert kd.interval(gains) == (0, 0, 0)
     gains[:, :3] = 1  # the seeds agree, but three images may be luck
-    assert kd.verdict(gains) == kd.verdict(-gains) == "inconclusive"
+    _, low, high = kd.interval(gains)
+    assert low < 0 < high
     gains[:, :12] = 1
-    assert kd.verdict(gains) == "helps" and kd.verdict(-gains) == "hurts"
-    assert kd.verdict(gains[:1]) == kd.verdict(gains[:, :1]) == "inconclusive"
+    assert kd.interval(gains)[1] > 0 > kd.interval(-gains)[2]
+    assert np.isnan(kd.interval(gains[:1])[1:]).all()  # one seed
     assert np.isnan(kd.interval(gains[:, :0])).all()  # nothing is never seen

@@ -1,18 +1,19 @@
 """Stages: steps, checkpoints, what they notice, and the results that they leave."""
 
 import copy
+import io
 import itertools
 import math
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock, call
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from study import ANSWERS, RIGHT, VAL, finish, make_study
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.models import resnet18
 
 import kd_utils as kd
 
@@ -49,7 +51,7 @@ def test_steps_are_a_plain_loops_and_the_teacher_stays(exact, settings, teacher,
             torch.manual_seed(1_000_003 * seed + step)
             logits = network.train()(images)  # dropout follows from seed and step
             optimizer.zero_grad()
-            loss(logits, before(images), targets).backward()
+            loss(logits, before(images), targets, None).backward()
             optimizer.step()
             schedule.step()
         found = student.network.state_dict()
@@ -61,8 +63,17 @@ def test_students_learn_in_their_epochs_only_and_are_scored(exact, settings, tra
     split, val = make_split(60), make_split(24, seed=1)
     split.targets[::20] = (split.targets[::20] + 1) % 3  # 3 wrong of 6 scored
     val.targets[::4] = (val.targets[::4] + 1) % 3  # 6 of 24
-    stage = make_stage(replace(settings, epochs=8), splits=(split, val))
-    student = stage.students[1]
+    losses = []
+
+    def noted_loss(*given):
+        losses.append(label_loss(*given).detach())
+        return label_loss(*given)
+
+    recipe = lambda s, t, y, recipe: noted_loss(s, t, y, recipe)  # noqa: E731
+    settings = replace(settings, epochs=8, seeds=(1,))
+    stage = make_stage(settings, {"alone": recipe}, splits=(split, val))
+    losses.clear()  # of the stage's making
+    [student] = stage.students
     with pytest.raises(RuntimeError, match="seed 1 is not in training"):
         student.forward(val.images.float())
     train(stage)
@@ -71,6 +82,8 @@ def test_students_learn_in_their_epochs_only_and_are_scored(exact, settings, tra
         student.forward(val.images.float())
     assert same(student.network, trained)
     assert torch.equal(student.logits, kd.predict(trained, val))
+    means = torch.stack(losses).view(8, 3).mean(1)  # three steps an epoch
+    assert student.history["loss"] == pytest.approx(means.tolist())
     for name, images in (("train", split.subset(slice(0, None, 10))), ("val", val)):
         hits = kd.predict(trained, images).argmax(1) == images.targets
         scores = student.history[f"{name}_accuracy"]
@@ -78,69 +91,165 @@ def test_students_learn_in_their_epochs_only_and_are_scored(exact, settings, tra
         assert scores[7] == pytest.approx(hits.float().mean().item())
 
 
-def test_students_and_teachers_that_do_not_fit_are_named(settings, train):
-    for last, told in ((nn.Flatten(0), r"\[48\]"), (nn.LSTM(3, 3), "tuple")):
-        networks = {"odd": lambda _, last=last: nn.Sequential(tiny(3), last)}
-        with pytest.raises(ValueError, match=rf"odd, alone, seed 0.*\[B, C\].*{told}"):
-            train(make_stage(settings, networks=networks))
-    teacher, val = make_stage(settings).students[0].network, make_split(24)
+# ── What does not fit is named before the first step ──────────────────────
+class Odd(nn.Module):
+    """As in many tutorials: a flat view, a number of classes that is its own."""
+
+    def __init__(self, num_classes, change=None, outputs=None, scale=1.0):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 5, stride=4)
+        self.fc = nn.Linear(4 * 7 * 7, outputs or num_classes)
+        self.change, self.scale = change, scale
+
+    def forward(self, x):
+        if self.change:
+            x = getattr(x, self.change)(0.5)
+        x = self.conv(x).relu()
+        return self.scale * self.fc(x.view(-1, 4 * 7 * 7))
+
+
+def test_own_networks_learn_without_being_bent(settings, train):
+    networks = {"view": Odd, "by name": partial(kd.build_classifier, name="resnet18")}
+    train(make_stage(replace(settings, epochs=1, seeds=(0,)), networks=networks))
+    wide = partial(resnet18, weights=None)  # it calls its first argument otherwise
+    [student] = make_stage(replace(settings, seeds=(0,)), networks={"w": wide}).students
+    assert student.network.fc.out_features == 3
+
+
+def test_what_does_not_fit_is_named(settings, teacher):
+    changing = partial(Odd, change="sub_")
+
+    def changing_loss(student_logits, teacher_logits, targets, recipe):
+        return distilled(student_logits, teacher_logits.div_(2.0), targets, recipe)
+
+    def old_loss(student_logits, teacher_logits, targets):
+        return student_logits.sum()
+
+    def assert_named(told, error=ValueError, **changes):
+        with pytest.raises(error, match=told):
+            make_stage(settings, changes.pop("losses", None), **changes)
+
+    assert_named("odd changes the images", networks={"odd": changing})
+    assert_named("the teacher changes the images", teacher=changing(3))
+    assert_named(
+        "tiny, x, seed 0.*loss changes", losses={"x": changing_loss}, teacher=teacher
+    )
+    assert_named("recipe", TypeError, losses={"x": old_loss})
+    for last, told in ((nn.Flatten(0), r"\(12,\)"), (nn.LSTM(3, 3), "tuple")):
+        build = lambda num_classes, last=last: nn.Sequential(tiny(num_classes), last)  # noqa: E731
+        assert_named(rf"odd: finite logits \(4, 3\).*{told}", networks={"odd": build})
+    many = partial(Odd, outputs=1000)
+    assert_named(r"odd: .*\(4, 3\).*\(4, 1000\)", networks={"odd": many})
+    assert_named(r"the teacher: .*\(4, 1000\)", teacher=many(3))
+    broken = tiny(3)
+    broken[-1].bias.data[0] = math.nan
+    assert_named("the teacher: finite", teacher=broken)
+    assert_named("'w/o labels'", name="w/o labels")
+
+    val = make_split(24)
     val.classes = ("green", "red", "blue")
+    taught = make_stage(settings).students[0].network
     for splits in ((make_split(), val), (val, val)):  # the latter unlike the teacher's
-        with pytest.raises(ValueError, match=r"\('green', 'red', 'blue'\)"):
-            make_stage(settings, splits=splits, teacher=teacher)
+        assert_named(r"\('green', 'red', 'blue'\)", splits=splits, teacher=taught)
+
+
+def test_settings_are_plain_numbers_or_refused(settings, tmp_path):
+    given = {"epochs": np.int64(3), "seeds": np.arange(2), "min_crop": np.float32(0.5)}
+    found = replace(settings, **given, batch_size=16.0)
+    kinds = [type(found.epochs), type(found.min_crop), *map(type, found.seeds)]
+    assert kinds == [int, float, int, int] and found.batch_size == 16
+    wrong = {"epochs": 0, "teacher_epochs": 2.5, "min_crop": 1.5, "image_size": "96"}
+    wrong |= {"weight_decay": math.nan, "batch_size": None, "stream_seed": -1}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}: .* needed, not {value!r}"):
+            replace(settings, **{name: value})
+    for seeds in (3, (), (1, 1), (0.5,)):
+        with pytest.raises(ValueError, match="seeds: such as"):
+            replace(settings, seeds=seeds)
+    for name, value in (("alpha", 1.1), ("temperature", 0), ("learning_rate", "big")):
+        with pytest.raises(ValueError, match=f"{name}: .* needed, not {value!r}"):
+            kd.Recipe(**{name: value})
+
+
+def test_each_network_has_its_own_recipe_in_all_arms(exact, settings, train):
+    own = kd.Recipe(learning_rate=0.1, temperature=7.0, alpha=0.25)
+    given = []
+
+    def loss(student_logits, teacher_logits, targets, recipe):
+        given.append(recipe)
+        return label_loss(student_logits, teacher_logits, targets, recipe)
+
+    settings = replace(settings, seeds=(0,), recipes={"b": own})
+    stage = make_stage(
+        settings, {"x": loss, "y": loss}, networks={"a": tiny, "b": tiny}
+    )
+    assert given == [settings.recipe, own] * 2
+    for student in stage.students:
+        rate = 0.1 if student.network_name == "b" else 0.004
+        assert student.optimizer.param_groups[0]["max_lr"] == rate
 
 
 # ── Numbers that are not finite ───────────────────────────────────────────
 def infinite_at(calls):
     """A loss that is infinite at these calls."""
     factors = (math.inf if number in calls else 1 for number in itertools.count())
-    return lambda s, t, y: label_loss(s, t, y) * next(factors)
+    return lambda s, t, y, recipe: label_loss(s, t, y, recipe) * next(factors)
 
 
 def test_nan_is_named_and_never_saved(exact, settings, train, monkeypatch):
     monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", 0)
-    # Two students, three steps an epoch: the eighth call is the second student's
-    stage = make_stage(settings, {"alone": infinite_at({7})})
+    # Two calls to try it; two students, three steps an epoch: this one is seed 1's
+    stage = make_stage(settings, {"alone": infinite_at({9})})
     with pytest.raises(FloatingPointError, match=r"alone, seed 1 .*learning rate"):
         train(stage)
     saved = kd.read_checkpoint(stage.path)
     assert len(saved["seconds"]) == 1
     assert all(s["logits"].isfinite().all() for s in saved["students"].values())
-    network = stage.students[0].network  # whose losses are good
-    for values in (network[-1].bias.data, network[1].running_mean):
+    student = stage.students[0]  # whose losses are good
+    for values in (student.network[-1].bias.data, student.network[1].running_mean):
         values[0] = math.nan
         with pytest.raises(FloatingPointError, match="alone, seed 0 is not finite"):
-            stage.check_finite(stage.val)
+            student.end_epoch(stage.train, stage.val)
         values[0] = 0
-    stage.teacher = network
-    network[-1].bias.data[1] = math.nan
-    with pytest.raises(FloatingPointError, match="teacher's logits are not finite"):
-        stage.check_finite(stage.val)
 
 
 def test_float16_skips_a_step_but_not_an_epoch(exact, settings, train):
     exact(torch.float16)
-    stage = make_stage(replace(settings, seeds=(0,)), {"alone": infinite_at({1, 4})})
+    one = replace(settings, seeds=(0,))
+    stage = make_stage(one, {"alone": infinite_at({2, 5})})
     train(stage)
     assert all(map(math.isfinite, stage.students[0].history["loss"]))
-    stage = make_stage(settings, {"alone": infinite_at(range(6, 99))}, name="other")
+    stage = make_stage(one, {"alone": infinite_at({2, 3})}, name="other")
     with pytest.raises(FloatingPointError, match="seed 0 is not finite"):
-        train(stage)
+        train(stage)  # two steps of three in an epoch
+
+
+def test_an_epoch_ends_with_one_wait_for_the_device(
+    exact, settings, train, monkeypatch
+):
+    def wait(tensor):
+        waits.append(tensor)
+        return tensor.clone()
+
+    waits, stage = [], make_stage(settings, networks=kd.STUDENTS)
+    for student in stage.students:
+        student.losses = [torch.tensor(1.0)]
+    monkeypatch.setattr(torch.Tensor, "cpu", wait)
+    for number, student in enumerate(stage.students, start=1):
+        student.end_epoch(stage.train, stage.val)
+        assert len(waits) == number
 
 
 # ── Checkpoints ───────────────────────────────────────────────────────────
 def test_training_resumes_bit_for_bit(exact, settings, train, monkeypatch, capsys):
     exact(torch.float16)
-    numbers = {"seeds": tuple(np.arange(2)), "learning_rate": np.float32(0.004)}
-    settings, calls = replace(settings, **numbers), itertools.count()
-    arm = "an arm of a name so long that a line might cut it off"
+    settings = replace(settings, stream_seed=np.int64(1))
+    arm, interrupt = np.str_("an arm"), False
 
-    def loss(student_logits, teacher_logits, targets):
-        # 0 … 11 are those of the whole stage; the next two are cut in their epoch 2
-        if next(calls) in (20, 29):
+    def loss(student_logits, teacher_logits, targets, recipe):
+        if interrupt and next(calls) == 9:  # in the second epoch
             raise KeyboardInterrupt
-        assert student_logits.dtype is torch.float16
-        return label_loss(student_logits, teacher_logits, targets)
+        return label_loss(student_logits, teacher_logits, targets, recipe)
 
     def make(name, seconds):
         monkeypatch.setattr(kd, "CHECKPOINT_SECONDS", seconds)
@@ -151,16 +260,20 @@ def test_training_resumes_bit_for_bit(exact, settings, train, monkeypatch, capsy
 
     whole = make("whole", 300)
     train(whole)
-    unsaved = make("cut", 300)
+    unsaved, calls, interrupt = make("cut", 300), itertools.count(), True
     for error in (KeyboardInterrupt, RuntimeError):  # it must be made anew
         with pytest.raises(error):
             train(unsaved)
+    often, calls = make("cut", 0), itertools.count()
     with pytest.raises(KeyboardInterrupt):
-        train(make("cut", 0))
+        train(often)
+    interrupt = False
     saved = kd.read_checkpoint(unsaved.path)
     torch.save({**saved, "seconds": [3600.0]}, unsaved.path)
     resumed = make("cut", 300)
+    resumed.students.reverse()  # they are found by what they are
     train(resumed)
+    resumed.students.reverse()
     assert resumed.seconds[1] > 3600
     assert resumed.students[0].scaler.get_scale() < 2.0**20
     assert resumed.students[0].logits.dtype is torch.float32
@@ -171,94 +284,185 @@ def test_training_resumes_bit_for_bit(exact, settings, train, monkeypatch, capsy
     told = capsys.readouterr().out.splitlines()
     for stage in (resumed, again):
         compare(whole.students, stage.students)
-    assert told[0] == f"From {again.path}:" and "  1 |  60.0 min | " in told[1]
-    assert set(told) <= set(printed)
+    assert told == [f"From {again.path}: {printed[-1]}"] and len(printed) == 6
+    assert f"From {again.path}: cut, epoch 1 | 60.0 min | tiny an arm " in printed[4]
     mean = 50 * sum(student.history["val_accuracy"][-1] for student in whole.students)
-    assert " ".join(told[-1].split()).endswith(f"| tiny {arm} {mean:.1f}")
+    assert told[0].endswith(f"| tiny an arm {mean:.1f}")
+
+
+def test_a_finished_file_holds_weights_and_answers_or_answers_only(settings, train):
+    sizes = []
+    for keep in (True, False):
+        one = replace(settings, epochs=1, seeds=(0,), keep_weights=keep)
+        stages = [make_stage(one, name=f"{keep}", networks=kd.STUDENTS) for _ in "ab"]
+        train(stages[0])
+        train(stages[1])
+        sizes.append(stages[0].path.stat().st_size)
+        networks = [student.network for student in stages[1].students]
+        assert [network is None for network in networks] == [not keep] * 2
+        assert torch.equal(stages[0].students[0].logits, stages[1].students[0].logits)
+    assert sizes[0] < 15.5e6 and sizes[1] < 1e5  # 3.6 M float32 weights
 
 
 # ── Records ───────────────────────────────────────────────────────────────
-AMOUNT = 0.1
+SCALE, CFG = 1.0, SimpleNamespace(amount=0.1)
 
 
-def smoothed(settings, power=1):
-    def loss(student_logits, teacher_logits, targets):
-        smooth = AMOUNT / settings.temperature**power
-        return F.cross_entropy(student_logits, targets, label_smoothing=smooth)
-
-    return loss
+def scaled(x):
+    return SCALE * x
 
 
-def test_losses_and_networks_are_described_by_source_and_numbers(settings, monkeypatch):
-    warm, soft = replace(settings, temperature=4), kd.distillation_loss
-    changes = {
-        "power was 1 and is 2": (smoothed(settings), smoothed(settings, power=2)),
-        "settings.temperature was 3.0 and is 4": (smoothed(settings), smoothed(warm)),
-        "alpha was 0.5 and is 0.9": [partial(soft, alpha=a) for a in (0.5, 0.9)],
-        "source has changed": (distilled, label_loss),
-    }
-    for told, losses in changes.items():
-        assert kd.differences(*map(kd.describe_loss, losses)) == [told]
-    before = kd.describe_loss(smoothed(settings))
-    monkeypatch.setitem(globals(), "AMOUNT", 0.2)
-    after = kd.describe_loss(smoothed(settings))
-    assert kd.differences(before, after) == ["AMOUNT was 0.1 and is 0.2"]
-    sources = kd.describe_network(kd.ConvBlock(3, 4))["source"]
-    assert any("x + self.refine(x)" in source for source in sources)
+class Several(nn.Module):
+    """It does what its attributes, a global and a helper say."""
+
+    def __init__(self, num_classes, p=0.1, act=None):
+        super().__init__()
+        self.p, self.act, self.net = p, act or nn.ReLU(), tiny(num_classes)
+
+    def forward(self, x):
+        return scaled(self.act(F.dropout(self.net(x), self.p, self.training)))
+
+
+class Smoothed:
+    def __init__(self, amount):
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=amount)
+
+    def loss(self, student_logits, teacher_logits, targets, recipe):
+        return self.criterion(student_logits.float(), targets)
+
+
+@torch.autocast("cpu", torch.bfloat16)
+def by_config(student_logits, teacher_logits, targets, recipe):
+    amount = SCALE * CFG.amount
+    return F.cross_entropy(student_logits, targets, label_smoothing=amount)
+
+
+def test_a_record_holds_what_networks_and_losses_do(settings, monkeypatch):
+    here = sys.modules[__name__]
+    settings = replace(settings, seeds=(0,))
+    frozen = lambda num_classes: tiny(num_classes).requires_grad_(False)  # noqa: E731
+
+    def described(loss, network):
+        return make_stage(settings, {"x": loss}, networks={"n": network}).record
+
+    def changes(loss=label_loss, network=tiny):
+        return kd.differences(described(*before), described(loss, network))
+
+    before = label_loss, Several
+    for changed in (partial(Several, p=0.9), partial(Several, act=nn.GELU())):
+        told = "students: n, x, seed 0: answers changed"
+        assert told in changes(network=changed)
+    assert not changes(network=partial(Several, p=0.1))
+    old = described(label_loss, Several)
+    monkeypatch.setattr(here, "SCALE", 1.1)
+    assert kd.differences(old, described(label_loss, Several))
+    monkeypatch.setattr(here, "SCALE", 1.0)
+    monkeypatch.setattr(here, "scaled", lambda x: x + 0.1)
+    assert kd.differences(old, described(label_loss, Several))
+    before = label_loss, tiny
+    momentum = lambda num_classes: set_momentum(tiny(num_classes), 0.5)  # noqa: E731
+    for changed in (partial(tiny, activation=nn.SiLU), frozen, momentum):
+        assert changes(network=changed)
+
+    before = Smoothed(0.1).loss, tiny
+    told = "students: n, x, seed 0: loss's gradient changed"
+    assert told in changes(Smoothed(0.2).loss)
+    assert not changes(
+        lambda s, t, y, recipe: F.cross_entropy(s, y, label_smoothing=0.1)
+    )
+    before = by_config, tiny
+    old = described(by_config, tiny)
+    monkeypatch.setattr(CFG, "amount", 0.2)
+    assert kd.differences(old, described(by_config, tiny))
+
+
+def set_momentum(network, value):
+    network[1].momentum = value
+    return network
 
 
 def test_stage_of_other_data_parts_or_settings_is_another(exact, settings, teacher):
-    old, val = make_stage(settings).record, make_split(24, seed=1)
+    one, val = replace(settings, seeds=(0,)), make_split(24, seed=1)
+    old = make_stage(one).record
 
-    def told(settings=settings, **changes):
+    def told(settings=one, **changes):
         return kd.differences(old, make_stage(settings, **changes).record)
 
     assert told() == []
+    torch.set_num_threads(2)  # which round otherwise
+    assert told() == []
+    torch.set_num_threads(1)
     for name in ("images", "targets"):
         part = make_split()
-        setattr(part, name, getattr(part, name).roll(1, 0))
-        assert told(splits=(part, val)) == ["content of train has changed"]
-        assert told(splits=(make_split(), part)) == ["content of val has changed"]
-    assert told(teacher=teacher) == ["teacher has changed"]
-    assert told(losses={"alone": distilled}) == ["losses, alone, source has changed"]
-    networks = {"layers": partial(tiny, activation=nn.SiLU)}
-    networks["initial weights"] = lambda num_classes: teacher
-    for key, network in networks.items():
-        found = told(networks={"tiny": network})
-        assert found == [f"networks, tiny, {key} has changed"]
+        getattr(part, name).view(-1)[-1] = 1 - getattr(part, name).view(-1)[-1] % 2
+        assert told(splits=(part, val))[0].startswith("study: images of train was")
+    part = make_split()
+    part.classes = ("red", "green", "black")
+    assert (
+        "study: images of train was"
+        in told(splits=(part, replace(val, classes=part.classes)))[0]
+    )
+    assert told(splits=(make_split(), make_split(24)))[0].startswith(
+        "study: images of val"
+    )
+    [told_fewer] = told(splits=(make_split().subset(torch.arange(47)), val))
+    assert told_fewer.startswith("chosen of train")
+    assert any("teacher was none" in line for line in told(teacher=teacher))
     numbers = {"batch_size": 24, "epochs": 3, "min_crop": 0.5, "stream_seed": 9}
-    numbers |= {"learning_rate": 0.1, "weight_decay": 0.2, "seeds": (0,)}
+    numbers |= {"weight_decay": 0.2, "seeds": (1,)}
     for name, number in numbers.items():
-        assert told(replace(settings, **{name: number}))[0].endswith(f"is {number}")
+        lines = "; ".join(told(replace(one, **{name: number})))
+        assert f"is {number}" in lines
+    faster = replace(settings.recipe, learning_rate=0.1)
+    assert (
+        told(replace(one, recipe=faster))[0]
+        == "study: learning_rate of tiny was 0.004 and is 0.1"
+    )
     exact(torch.bfloat16)
-    assert told() == ["precision was float32 and is bfloat16"]
+    assert told() == ["study: precision was float32 and is bfloat16"]
+
+
+def test_recipe_of_distillation_counts_only_where_there_is_a_teacher(settings, teacher):
+    warm = replace(settings, recipe=replace(settings.recipe, temperature=4.0))
+    loss = lambda s, t, y, recipe: kd.distillation_loss(
+        s, t, y, recipe.temperature, 0.5
+    )  # noqa: E731
+    alone = [make_stage(each).record for each in (settings, warm)]
+    assert not kd.differences(*alone)
+    taught = [
+        make_stage(each, {"x": loss}, teacher=teacher).record
+        for each in (settings, warm)
+    ]
+    assert kd.differences(*taught)[:2] == [
+        "study: temperature of tiny was 3.0 and is 4.0",
+        "students: tiny, x, seed 0: loss changed",
+    ]
 
 
 # ── Files ─────────────────────────────────────────────────────────────────
+class Evil:
+    def __reduce__(self):  # what unpickling in full would run
+        return print, ("unpickled in full",)
+
+
 def test_what_cannot_be_used_or_written_is_told(settings, monkeypatch, capsys):
     finish(make_stage(settings))
     path = settings.runs_dir / "Experiment 1.pt"
-    whole = path.read_bytes()
-    contents = {whole[:-5000]: "is no readable", b"": "is no readable", whole: "is 0.1"}
+    whole, evil = path.read_bytes(), io.BytesIO()
+    torch.save(Evil(), evil)
+    contents = {whole[:-5000]: "no checkpoint", b"": "no checkpoint", whole: "is 0.1"}
+    contents[evil.getvalue()] = "no checkpoint"
+    faster = replace(settings, recipe=replace(settings.recipe, learning_rate=0.1))
     for content, told in contents.items():
         path.write_bytes(content)
-        next(make_stage(replace(settings, learning_rate=0.1)).epochs_left())
-        assert told in capsys.readouterr().out
+        next(make_stage(faster).epochs_left())
+        printed = capsys.readouterr().out
+        assert told in printed and "unpickled in full" not in printed
     asides = sorted(settings.runs_dir.glob("Experiment 1.pt.*"))
     assert [aside.read_bytes() for aside in asides] == list(contents)
     monkeypatch.setattr(kd.tempfile, "TemporaryFile", Mock(side_effect=PermissionError))
     with pytest.raises(PermissionError):  # it is noticed before the first step
         next(make_stage(settings).epochs_left())
-
-
-def test_rename_is_tried_again(settings, monkeypatch):
-    replace_file = Mock(side_effect=[PermissionError, PermissionError, None])
-    monkeypatch.setattr(Path, "replace", replace_file)
-    monkeypatch.setattr(kd.time, "sleep", Mock())
-    finish(make_stage(settings))
-    assert replace_file.mock_calls == [call(settings.runs_dir / "Experiment 1.pt")] * 3
-    [aside] = settings.runs_dir.iterdir()
-    assert str(os.getpid()) in aside.name  # a name that no other process writes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, none can fork")
@@ -267,7 +471,7 @@ def test_kills_at_random_moments_change_nothing(exact, settings, train, monkeypa
     settings, moments = replace(settings, epochs=30), random.Random(0)
     whole, resumed = (make_stage(settings, name=name) for name in ("whole", "cut"))
     train(whole)
-    for _ in range(5):
+    for number in range(5):
         child = os.fork()
         if not child:
             try:
@@ -275,6 +479,9 @@ def test_kills_at_random_moments_change_nothing(exact, settings, train, monkeypa
                 train(make_stage(settings, name="cut"))
             finally:
                 os._exit(0)
+        patience = time.monotonic() + 60
+        while not (resumed.path.exists() or number) and time.monotonic() < patience:
+            time.sleep(0.01)  # the first child finishes an epoch
         time.sleep(moments.uniform(0.02, 0.3))  # the moment, not a wait for something
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -294,23 +501,26 @@ def test_steps_on_a_gpu_that_is_not_there_read_nothing(settings, train, monkeypa
     def build(network):
         with torch.device("cuda"):
             made = network(3)
-        made.to = lambda *_, **__: made  # it is there; fake weights cannot be moved
         weights.extend(made.parameters())
         return made
 
     common, weights, students = torch.cuda.amp.common, [], []
+    # They are there; fake weights cannot be moved
+    monkeypatch.setattr(nn.Module, "to", lambda network, *_, **__: network)
     monkeypatch.setattr(common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(kd, "choose_precision", lambda: torch.float16)
     monkeypatch.setattr(kd, "DEVICE", torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     with FakeTensorMode():  # raises where a number is read, or two devices meet
         try:
             torch.zeros(1).to("cuda")
         except RuntimeError:
             pytest.skip("this torch needs a driver even for tensors that are not there")
         for name, network in kd.STUDENTS.items():
-            student = kd.Student(build(network), name, "a", 0, distilled, settings, 100)
-            student.is_open = True
+            key = (name, "a", 0)
+            student = kd.Student(build(network), key, distilled, settings, 100)
+            student.in_epoch = True
             students.append(student)
         stage = SimpleNamespace(students=students, teacher=build(tiny).eval())
         stage.epochs_left = lambda: [0]
@@ -339,7 +549,8 @@ def test_steps_on_a_gpu_wait_for_nothing(settings, teacher, train, monkeypatch):
 # ── Results ───────────────────────────────────────────────────────────────
 def test_gains_are_paired_by_seed_and_take_any_metric(settings):
     make_study(settings)
-    longer = make_stage(replace(settings, seeds=(1,)), {"longer": distilled}, name="x")
+    one, splits = replace(settings, seeds=(1,)), (make_split(), VAL)
+    longer = make_stage(one, {"longer": label_loss}, name="x", splits=splits)
     finish(longer, {("longer", 1): 2 * ANSWERS["distilled", 1]})
     results = kd.Results(settings.runs_dir, VAL)
     for arm, other in (("distilled", "alone"), ("alone", "class mean")):
@@ -350,34 +561,64 @@ def test_gains_are_paired_by_seed_and_take_any_metric(settings):
     assert found.tolist() == [[4.0] * 24]  # of the seed that both have
     assert np.array_equal(results.never_seen, np.arange(24) % 4 == 0)
     finish(make_stage(settings, name="once more"), ANSWERS)
-    with pytest.raises(ValueError, match=r"once more\.pt repeats tiny, alone"):
+    with pytest.raises(ValueError, match=r"once more\.pt repeats alone"):
         kd.Results(settings.runs_dir, VAL)
 
 
-def test_experiments_that_do_not_belong_together_are_refused(settings, monkeypatch):
+def test_stages_that_do_not_belong_together_are_refused(settings, exact):
     def assert_refused(told, val=VAL):
         with pytest.raises(ValueError, match=told):
             kd.Results(settings.runs_dir, val)
 
-    make_study(settings, replace(settings, learning_rate=0.1))
-    assert_refused("1 and 2 differ: peak learning rate was 0.004 and is 0.1")
+    def add(name, changed, **changes):
+        loss = distilled if "teacher" in changes else label_loss
+        parts = {"splits": (make_split(), VAL)} | changes
+        stage = make_stage(changed, {name: loss}, name, **parts)
+        finish(stage, {(name, seed): torch.zeros(24, 3) for seed in changed.seeds})
+        return stage
+
+    def changed_recipe(**numbers):
+        return replace(settings, recipe=replace(settings.recipe, **numbers))
+
+    _, two = make_study(settings)
+    stale = {  # an exercise that was trained before something changed
+        "learning_rate of tiny 0.1": changed_recipe(learning_rate=0.1),
+        "temperature of tiny 8.0": changed_recipe(temperature=8.0),
+        "alpha of tiny 0.1": changed_recipe(alpha=0.1),
+        "min_crop 0.9": replace(settings, min_crop=0.9),
+        "stream_seed 7": replace(settings, stream_seed=7),
+        "batch_size 8": replace(settings, batch_size=8),
+    }
+    for told, changed in stale.items():
+        stage = add("x", changed, teacher=two.teacher)
+        assert_refused(f"x had {told}, others .*Run it again")
+        stage.path.unlink()
+    part, other = make_split(), make_split(seed=3)
+    add("x", replace(settings, epochs=1), splits=(part.subset(torch.arange(9)), VAL))
+    kd.Results(
+        settings.runs_dir, VAL
+    )  # a part of train, other epochs, no teacher: fine
+    add("x", settings, splits=(other, VAL))
+    assert_refused("x had images of train")
     make_study(settings, shift=0.5)
+    add("x", settings)
     assert_refused("Experiment 2 had another teacher")
     make_study(settings)
-    assert_refused(r"1\.pt was scored on other images", make_split(24, seed=5))
-    monkeypatch.setattr(kd, "choose_precision", lambda: torch.float64)
-    finish(make_stage(settings), ANSWERS)
-    assert_refused("precision was float64 and is ")
+    assert_refused("Experiment 1 had images of val", make_split(24, seed=5))
+    exact(torch.bfloat16)
+    add("x", settings)
+    assert_refused("x had precision bfloat16, others float32")
 
 
-def test_what_is_unfinished_damaged_or_a_trial_is_left_out(settings, capsys):
+def test_what_is_unfinished_damaged_or_a_trial_is_left_out_and_alone(settings, capsys):
     one, two = make_study(settings)
-    splits = (make_split(), make_split(24))
-    finish(make_stage(settings, name="trials/x", splits=splits), ANSWERS)
+    trials = replace(settings, runs_dir=settings.runs_dir / "trials")
+    finish(make_stage(trials, splits=(make_split(), make_split(24))), ANSWERS)
     two.path.write_bytes(b"damaged")
     torch.save({"foreign": 1}, settings.runs_dir / "mine.pt")
     one.seconds.pop()
-    one.save()
+    kd.save(one)
+    before = sorted(settings.runs_dir.rglob("*"))
     assert set(kd.Results(settings.runs_dir, VAL).stages) == {"teacher"}
-    assert "is no readable checkpoint" in capsys.readouterr().out
-    assert (settings.runs_dir / "Experiment 2.pt.1").read_bytes() == b"damaged"
+    assert capsys.readouterr().out.count("is no file of a stage: it is left alone") == 2
+    assert sorted(settings.runs_dir.rglob("*")) == before
