@@ -40,7 +40,7 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
     """alpha · T² · KL(softmax(teacher/T) ‖ softmax(student/T)) + (1 − alpha) · CE
 
     (Hinton, Vinyals & Dean, 2015, section 2.) Logits [B, C], targets [B] int64; float32
-    scalar. Some libraries call the *other* weight alpha. ValueError for other input."""
+    scalar. Some libraries call the *other* weight alpha. ValueError: shape, T, α."""
     if not (temperature > 0 and 0 <= alpha <= 1):
         raise ValueError(f"need T > 0 and 0 ≤ alpha ≤ 1, got {temperature} and {alpha}")
     given = (student_logits, teacher_logits, targets)
@@ -86,7 +86,7 @@ class CustomCNN(nn.Sequential):
             nn.Dropout(0.2),
             nn.Linear(512, num_classes),
         )
-        self.to(memory_format=torch.channels_last)  # so, convolutions are faster
+        self.to(memory_format=torch.channels_last)  # faster convolutions
 
 
 class LeNet5(nn.Sequential):
@@ -137,15 +137,15 @@ def load_all_but_last_layer(network: nn.Module, name: str, weights: str) -> None
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state.get("model", state))
-        # Too large a number is inf in a float16 file; the largest is a better start
-        state = {key: value.nan_to_num(math.nan) for key, value in state.items()}
+        network.initial_weights = f"{path.name}, SHA-256 {fingerprint(state.values())}"
+        # float16 makes inf of a number beyond 65,504: its largest is nearer. nan stays
+        state = {key: value.nan_to_num(nan=math.nan) for key, value in state.items()}
         own = network.state_dict()
         last_layer = list(own)[-1].rpartition(".")[0]
         state |= {key: own[key] for key in own if key.startswith(f"{last_layer}.")}
         network.load_state_dict(state)
     except Exception as error:  # networks and files fail in many ways
         raise ValueError(f"no {name} from {weights}: {str(error)[:300]}") from error
-    network.initial_weights = f"{path.name}, SHA-256 {fingerprint(state.values())}"
 
 
 # ── Device, precision, chance ─────────────────────────────────────────────
@@ -173,7 +173,7 @@ def mixed_precision() -> torch.autocast:
 
 @contextmanager
 def seeded(seed: int, step: int = 0):
-    """Inside, chance follows from (seed, step); after, the caller's goes on."""
+    """Random numbers inside follow from (seed, step); outside they go on unchanged."""
     if DEVICE.type == "cuda":
         torch.cuda.init()  # before this, its generators are not there
     generators = (torch.default_generator, *torch.cuda.default_generators)
@@ -189,14 +189,14 @@ def seeded(seed: int, step: int = 0):
 
 # ── Settings ──────────────────────────────────────────────────────────────
 def check_numbers(settings, **limits) -> None:
-    """Makes the numbers of a frozen dataclass plain ones, like their defaults."""
+    """Turns numbers into plain ones. ValueError for one outside of its (low, high)."""
     for setting in fields(settings):
         kind, value = type(setting.default), getattr(settings, setting.name)
         low, high = limits.get(setting.name, (1 if kind is int else 1e-9, 1e9))
         if kind in (int, float):
             is_real = isinstance(value, int | float | np.number)
             if not is_real or not low <= value <= high or kind(value) != value:
-                need = f"{kind.__name__} in {low} … {high}"
+                need = f"{kind.__name__} in {low:g} … {high:g}"
                 raise ValueError(f"{setting.name}: {need} is needed, not {value!r}")
             object.__setattr__(settings, setting.name, kind(value))
 
@@ -216,7 +216,7 @@ class Recipe:
 @dataclass(frozen=True)
 class Settings:
     """All numbers of a study; `dataclasses.replace` makes a changed copy.
-    ValueError, naming the setting, for one that makes no sense."""
+    ValueError for a number that makes no sense. Some are for the notebooks only."""
 
     dataset: str = "imagewoof2-160"  # or a folder with train/<class> and val/<class>
     data_dir: Path = Path("data")
@@ -241,8 +241,8 @@ class Settings:
     trial_seed: int = 100
 
     def __post_init__(self):
-        zero = dict.fromkeys(("stream_seed", "trial_seed", "weight_decay"), (0, 1e9))
-        check_numbers(self, min_crop=(0.01, 1), image_size=(32, 4096), **zero)
+        from_0 = dict.fromkeys(("stream_seed", "trial_seed", "weight_decay"), (0, 1e9))
+        check_numbers(self, min_crop=(0.01, 1), image_size=(32, 4096), **from_0)
         seeds = list(self.seeds) if np.iterable(self.seeds) else []
         if not seeds or sorted(set(map(int, seeds))) != sorted(seeds):
             raise ValueError(f"seeds: such as (0, 1), none twice, not {self.seeds!r}")
@@ -263,7 +263,8 @@ class Student:
 
     def __init__(self, network, key, loss, settings: Settings, epoch_steps: int):
         self.network = network.to(DEVICE)
-        self.network_name, self.arm, self.seed = self.key = key
+        self.key = key
+        self.network_name, self.arm, self.seed = key
         self.recipe = settings.recipe_of(self.network_name)
         self.loss = partial(loss, recipe=self.recipe)
         peak, decay = self.recipe.learning_rate, settings.weight_decay
@@ -283,8 +284,7 @@ class Student:
         return f"{self.network_name}, {self.arm}, seed {self.seed}"
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] ─► logits [B, C], in training mode; dropout by (seed, step).
-        RuntimeError outside of an epoch."""
+        """[B, 3, S, S] ─► logits [B, C]. RuntimeError outside of an epoch."""
         if not self.in_epoch:
             raise RuntimeError(f"{self} is not in training; for answers: kd.predict")
         self.network.train()
@@ -306,19 +306,21 @@ class Student:
         """Notes the loss, and the accuracies on a sample of `train` and on `val`.
         FloatingPointError for numbers that are not finite."""
         self.in_epoch = False
-        logits = torch.cat([predict(self.network, split) for split in (sample, val)])
-        hits = correct(logits, torch.cat([sample.targets, val.targets]))
-        losses = torch.stack(self.losses).float()
-        # To read from the device is to wait for it, so all is read at once
-        sizes = [len(losses), len(sample), len(val), logits.numel()]
-        everything = torch.cat([losses, hits, logits.flatten()]).cpu()
-        losses, on_sample, on_val, logits = everything.split(sizes)
+        if not self.losses:
+            raise RuntimeError(f"{self} took no step in this epoch")
+        logits = predict(self.network, val)
+        on_val = correct(logits, val.targets)
+        on_sample = correct(predict(self.network, sample), sample.targets)
+        # Each reading from the device waits for it, so all is read at once
+        parts = [torch.stack(self.losses).float(), on_sample, on_val, logits.flatten()]
+        parts = torch.cat(parts).cpu().split([len(part) for part in parts])
+        losses, on_sample, on_val, logits = parts
+        self.logits = logits.view(len(val), -1).clone()
 
         good_losses = losses[losses.isfinite()]
         # In float16 the scaler skips some steps: that is no fault
-        if 2 * len(good_losses) < len(losses) or not logits.isfinite().all():
+        if 2 * len(good_losses) < len(losses) or not self.logits.isfinite().all():
             raise FloatingPointError(f"{self} is not finite: lower its learning rate")
-        self.logits = logits.view(len(sample) + len(val), -1)[len(sample) :].clone()
         self.history["loss"].append(good_losses.mean().item())
         self.history["train_accuracy"].append(on_sample.mean().item())
         self.history["val_accuracy"].append(on_val.mean().item())
@@ -337,26 +339,30 @@ class Student:
 
 
 class Stage:
-    """Students that learn together, one per arm, network and seed.
+    """Students that learn together, one per arm (a way to learn: its loss), network and
+    seed. All arms of a seed have the same initial weights, batches and dropout.
 
     `losses`: {arm: loss(student_logits, teacher_logits or None, targets, recipe)};
     `networks`: {name: build}, called with num_classes=C; `splits`: train and val;
-    `teacher`: [B, 3, S, S] ─► [B, C], or None, is frozen here. Its file is
-    `<runs_dir>/<name>.pt`. ValueError, before a step, for what does not fit."""
+    `teacher`: a module, [B, 3, S, S] ─► [B, C], is frozen here. A stage's file is
+    `<runs_dir>/<name>.pt`. ValueError for names, classes, logits that do not fit."""
 
     def __init__(self, name, losses, settings, splits, networks=STUDENTS, teacher=None):
-        if Path(name).name != name:
+        if not name.strip(".") or Path(name).name != name:
             raise ValueError(f"a stage is named like a file, without folders: {name!r}")
         self.name, self.settings = name, settings
-        self.train, self.val = splits
+        self.train_split, self.val_split = splits
         self.path = settings.runs_dir / f"{name}.pt"
-        self.epoch_steps = max(1, len(self.train) // settings.batch_size)
-        self.students, self.seconds = [], []  # since the start, after each epoch
+        self.epoch_steps = max(1, len(self.train_split) // settings.batch_size)
+        self.students = []
+        self.seconds = []  # since the start, after each epoch
 
-        classes = self.train.classes
+        classes = self.train_split.classes
         taught = tuple(getattr(teacher, "class_names", classes))
-        if not classes == self.val.classes == taught:
-            raise ValueError(f"classes differ: {classes}, {self.val.classes}, {taught}")
+        if not classes == self.val_split.classes == taught:
+            raise ValueError(
+                f"classes differ: {classes}, {self.val_split.classes}, {taught}"
+            )
         self.teacher = teacher
         if teacher is not None:
             teacher.to(DEVICE, torch.float32).eval().requires_grad_(False)
@@ -366,19 +372,18 @@ class Stage:
                 network = networks[network_name](num_classes=len(classes))
             network.class_names = classes
             key = (str(network_name), str(arm), seed)
-            does = describe_network(network_name, network, self.train)
+            behaviour = describe_network(network_name, network, self.train_split)
             student = Student(network, key, losses[arm], settings, self.epoch_steps)
-            does |= describe_loss(student, len(classes), teacher is not None)
-            self.record["students"][str(student)] = does
+            behaviour |= describe_loss(student, len(classes), teacher is not None)
+            self.record["students"][str(student)] = behaviour
             self.students.append(student)
 
     def epochs_left(self):
         """Yields the epochs to train, from where an earlier run stopped. After each it
         scores the students and, every few minutes, saves."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.path.parent).close()  # can it be written?
         restore(self)
-        sample = self.train.subset(torch.arange(0, len(self.train), 10, device=DEVICE))
+        sample = self.train_split.subset(slice(0, None, 10))
         saved = time.monotonic()
         start = saved - (self.seconds[-1] if self.seconds else 0)
 
@@ -389,7 +394,7 @@ class Stage:
             yield epoch
 
             for student in self.students:
-                student.end_epoch(sample, self.val)
+                student.end_epoch(sample, self.val_split)
             self.seconds.append(time.monotonic() - start)
             if epoch in (0, (epochs - 1) // 2, epochs - 1):
                 print(self.log_line())
@@ -399,9 +404,10 @@ class Stage:
 
     def batches(self, epoch: int):
         """The epoch's `augmented_batches`, with a progress bar."""
-        batches = augmented_batches(self.train, self.settings, epoch)
-        name = f"{self.name}, epoch {epoch + 1} of {self.settings.epochs}"
-        return progress_bar(batches, name, self.epoch_steps)
+        batches = augmented_batches(self.train_split, self.settings, epoch)
+        return progress_bar(
+            batches, f"{self.name}, epoch {epoch + 1}", self.epoch_steps
+        )
 
     def log_line(self) -> str:
         """Minutes, and mean validation accuracy in % by network and arm."""
@@ -426,7 +432,6 @@ def draw_views(count: int, min_crop: float) -> Tensor:
     aspect = torch.exp(torch.empty(count).uniform_(-1, 1) * math.log(4 / 3))
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
-
     x = (2 * torch.rand(count) - 1) * (1 - width)
     y = (2 * torch.rand(count) - 1) * (1 - height)
     mirror = torch.where(torch.rand(count) < 0.5, -1, 1)
@@ -461,20 +466,18 @@ def augmented_batches(split: "Split", settings: Settings, epoch: int):
 
 # ── Data: from an archive to uint8 images on the device ───────────────────
 BASE_URL = "https://s3.amazonaws.com/fast-ai-imageclas"
-DATASETS = {  # MD5 of the archive, images in train and val, names of the classes
-    "imagewoof2-160": (
-        "3d200a7be99704a0d7509be2a9fbfe15",
-        (9025, 3929),
-        "Shih-Tzu, Rhodesian ridgeback, beagle, English foxhound, Border terrier, "
-        "Australian terrier, golden retriever, Old English sheepdog, Samoyed, dingo",
-    ),
-    "imagenette2-160": (
-        "e793b78cc4c9e9a4ccc0c1155377a412",
-        (9469, 3925),
-        "tench, English springer, cassette player, chain saw, church, French horn, "
-        "garbage truck, gas pump, golf ball, parachute",
-    ),
+DATASETS = {  # MD5 of the archive, images in train and val
+    "imagewoof2-160": ("3d200a7be99704a0d7509be2a9fbfe15", (9025, 3929)),
+    "imagenette2-160": ("e793b78cc4c9e9a4ccc0c1155377a412", (9469, 3925)),
 }
+CLASS_NAMES = """n02086240 Shih-Tzu, n02087394 Rhodesian ridgeback, n02088364 beagle,
+n02089973 English foxhound, n02093754 Border terrier, n02096294 Australian terrier,
+n02099601 golden retriever, n02105641 Old English sheepdog, n02111889 Samoyed,
+n02115641 dingo, n01440764 tench, n02102040 English springer, n03000684 chain saw,
+n02979186 cassette player, n03028079 church, n03394916 French horn,
+n03417042 garbage truck, n03425413 gas pump, n03445777 golf ball,
+n03888257 parachute"""  # ImageNet's folders are called by number
+CLASS_NAMES = dict(pair.split(maxsplit=1) for pair in CLASS_NAMES.split(","))
 
 
 def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Path:
@@ -486,25 +489,22 @@ def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Pat
             return own
         raise ValueError(f"{name!r}: no folder with train, val, nor {list(DATASETS)}")
 
-    folder, (known_md5, expected, _) = Path(root, name).expanduser(), DATASETS[name]
+    folder, (known_md5, expected) = Path(root, name).expanduser(), DATASETS[name]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            fetch_archive(f"{base_url}/{name}.tgz", scratch, md5 or known_md5)
+            url = f"{base_url}/{name}.tgz"
+            try:
+                download_url(url, scratch, md5=md5 or known_md5)
+            except Exception as error:  # networks fail in many ways
+                raise ConnectionError(f"{url} cannot be had now: {error}") from error
+            with tarfile.open(Path(scratch, f"{name}.tgz")) as tar:
+                tar.extractall(scratch, filter="data")
             Path(scratch, name).rename(folder)
     found = tuple(len(list(folder.glob(f"{s}/*/[!.]*"))) for s in ("train", "val"))
     if found != expected:
         raise ValueError(f"{folder} holds {found} images, not {expected}: move it away")
     return folder
-
-
-def fetch_archive(url: str, folder: str, md5: str) -> None:
-    try:
-        download_url(url, folder, md5=md5)
-    except Exception as error:  # networks fail in many ways
-        raise ConnectionError(f"{url} cannot be had, try later: {error}") from error
-    with tarfile.open(Path(folder, Path(url).name)) as tar:
-        tar.extractall(folder, filter="data")
 
 
 @dataclass
@@ -515,7 +515,7 @@ class Split:
     targets: Tensor  # [N] int64
     classes: tuple[str, ...]  # C names, in the order of the labels
     never_seen: Tensor  # [N] bool, images of ImageNet's own validation set
-    whole: str = ""  # fingerprint of the split that this is a part of
+    whole: "Split | None" = None  # what this is a part of
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -523,8 +523,7 @@ class Split:
     def subset(self, chosen: Tensor):
         """The images at these places (int64), or where this is true (bool [N])."""
         parts = [column[chosen] for column in (self.images, self.targets)]
-        whole = self.whole or self.fingerprint()
-        return Split(*parts, self.classes, self.never_seen[chosen], whole)
+        return Split(*parts, self.classes, self.never_seen[chosen], self.whole or self)
 
     def fingerprint(self) -> str:
         return fingerprint([self.images, self.targets], " | ".join(self.classes))
@@ -562,7 +561,7 @@ def load_split(folder, split: str, size: int) -> Split:
     """Decodes the images in `<folder>/<split>/<class>/`, on all cores. Raises
     FileNotFoundError for an empty class, ValueError for an image or too few classes."""
     folder = Path(folder, split)
-    names = sorted(path.name for path in folder.glob("[!.]*/"))  # of folders
+    names = sorted(path.name for path in folder.glob("[!.]*/"))  # /: folders only
     if len(names) < 2:
         raise ValueError(f"{folder} needs two or more class folders, has {names}")
 
@@ -579,9 +578,7 @@ def load_split(folder, split: str, size: int) -> Split:
         decoded = pool.map(partial(read_image, size=size), paths)
         for index, image in enumerate(progress_bar(decoded, split, len(paths))):
             images[index] = image
-    classes = tuple(names)
-    if folder.parent.name in DATASETS:  # its folders are called by number
-        classes = tuple(DATASETS[folder.parent.name][2].split(", "))
+    classes = tuple(CLASS_NAMES.get(name, name) for name in names)
     targets = torch.tensor([names.index(path.parent.name) for path in paths])
     is_new = torch.tensor([path.name.startswith("ILSVRC2012_val_") for path in paths])
     return Split(images.to(DEVICE), targets.to(DEVICE), classes, is_new.to(DEVICE))
@@ -589,62 +586,61 @@ def load_split(folder, split: str, size: int) -> Split:
 
 # ── Records and files: what shapes a result, and what is kept ─────────────
 def describe_stage(stage: Stage, networks) -> dict:
-    """All that shapes a result: a file is used only if this is unchanged. Networks and
-    losses are described by what they do, since the same source may do another thing."""
-    settings, train, teacher = stage.settings, stage.train, stage.teacher
+    """What shapes a result: a file is used only if this is unchanged. Networks and
+    losses are described by what they do: source text shows no changed global."""
+    settings, train, teacher = stage.settings, stage.train_split, stage.teacher
     names = ("image_size", "batch_size", "min_crop", "stream_seed", "weight_decay")
     study = {name: getattr(settings, name) for name in names}
     study["precision"] = str(choose_precision()).removeprefix("torch.")
-    study["images of train"] = train.whole or train.fingerprint()
-    study["images of val"] = stage.val.fingerprint()
+    study["images of train"] = (train.whole or train).fingerprint()
+    study["images of val"] = stage.val_split.fingerprint()
     for name in networks:
         recipe = vars(settings.recipe_of(name))
-        for key in ["learning_rate"] if teacher is None else recipe:
-            study[f"{key} of {name}"] = recipe[key]
-    record = {"study": study, "chosen of train": train.fingerprint(), "students": {}}
-    record |= {"epochs": settings.epochs, "seeds": settings.seeds, "teacher": "none"}
+        used = recipe if teacher is not None else ["learning_rate"]
+        study |= {f"{key} of {name}": recipe[key] for key in used}
+    record = {"study": study, "epochs": settings.epochs, "seeds": settings.seeds}
+    record |= {"learns from": train.fingerprint(), "teacher": "none", "students": {}}
     if teacher is not None:
         record["teacher"] = fingerprint(teacher.state_dict().values())
-        record["answers"] = describe_network("the teacher", teacher, train)
+        record["taught"] = describe_network("the teacher", teacher, train)
     return record
 
 
 def describe_network(name: str, network: nn.Module, train: Split) -> dict:
     """What a network does with four images, on the CPU whatever the device: answers in
     both modes, sizes of gradients. ValueError if they are no logits [B, C]."""
-    examples = normalise(train.images[:4].cpu())
-    probe, images = copy.deepcopy(network).cpu(), examples.clone()
-    with seeded(0):
-        logits = probe.train()(images)
-    shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
+    probe, images = copy.deepcopy(network).cpu(), normalise(train.images[:4].cpu())
     need = (len(images), len(train.classes))
-    if shape != need or not logits.isfinite().all():
-        raise ValueError(f"{name}: finite logits {need} are needed, not {shape}")
-    if not images.equal(examples):
+    with seeded(0):
+        answers = [probe.train()(images), probe.eval()(images)]
+    for logits in answers:
+        shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
+        if shape != need or not logits.isfinite().all():
+            raise ValueError(f"{name}: finite logits {need} are needed, not {shape}")
+    if images._version:  # it counts changes in place
         raise ValueError(f"{name} changes the images, which others see, too: copy them")
 
     trained = [weight for weight in probe.parameters() if weight.requires_grad]
     if trained:
-        logits.square().sum().backward()
+        answers[0].square().sum().backward()
     norms = [weight.grad.norm() for weight in trained if weight.grad is not None]
     return {
         "initial weights": getattr(network, "initial_weights", "random"),
-        "answers": torch.stack([logits, probe.eval()(images)]).detach(),
-        "gradients": torch.tensor([0.0, *norms]),
+        "answers": torch.stack(answers).detach(),
+        "gradients": torch.tensor([0.0, *norms]),  # 0: so that it is never empty
     }
 
 
 def describe_loss(student: Student, num_classes: int, is_taught: bool) -> dict:
-    """What a loss does: its value and gradient for made-up logits of all classes."""
+    """What a loss does with made-up logits. ValueError if it changes what it gets."""
     targets = torch.arange(2 * num_classes, device=DEVICE) % num_classes
     with seeded(0):
         made_up = 3 * torch.randn(2, len(targets), num_classes)
-        student_logits, teacher_logits = made_up.to(DEVICE, copy=True)
-        student_logits.requires_grad_()
-        given = teacher_logits if is_taught else None
-        loss = student.loss(student_logits, given, targets)
-    if not teacher_logits.cpu().equal(made_up[1]):
-        raise ValueError(f"{student}: its loss changes the teacher's logits for all")
+        student_logits = made_up[0].to(DEVICE).requires_grad_()
+        teacher_logits = made_up[1].to(DEVICE, copy=True) if is_taught else None
+        loss = student.loss(student_logits.clone(), teacher_logits, targets)
+    if targets._version or (is_taught and teacher_logits._version):
+        raise ValueError(f"{student}: its loss changes logits or targets: copy them")
     [gradient] = torch.autograd.grad(loss, student_logits)
     return {"loss": loss.detach().cpu(), "loss's gradient": gradient.norm(dim=1).cpu()}
 
@@ -657,11 +653,13 @@ def differences(old: dict, new: dict) -> list[str]:
         if isinstance(was, dict) and isinstance(now, dict):
             found += [f"{key}: {inner}" for inner in differences(was, now)]
         elif torch.is_tensor(was) and torch.is_tensor(now):
-            unit = 1e-3 * now.abs().max().item()
-            if was.shape != now.shape or not torch.allclose(was, now, 0, unit):
+            limit = 1e-3 * now.abs().max().item()
+            if was.shape != now.shape or not torch.allclose(
+                was, now, rtol=0, atol=limit
+            ):
                 found.append(f"{key} changed")
         elif was != now:
-            found.append(f"{key} was {was!s:.20} and is {now!s:.20}")
+            found.append(f"{key} was {was} and is {now}")
     return found
 
 
@@ -686,30 +684,29 @@ def restore(stage: Stage) -> None:
     """Loads what an earlier run left. A file that cannot be used is renamed."""
     saved = read_checkpoint(stage.path)
     changes = differences(saved["record"], stage.record) if saved else ["no checkpoint"]
-    if changes and stage.path.exists():
-        aside = stage.path.with_name(f"{stage.path.name}.{time.time_ns()}")
-        stage.path.rename(aside)
-        print(f"{stage.path} is now {aside.name}: {'; '.join(changes[:3])}")
-    elif saved:
+    if not changes:
         for student in stage.students:
             student.load_state_dict(saved["students"][student.key])
         stage.seconds = saved["seconds"]
         print(f"From {stage.path}: {stage.log_line()}")
     elif any(student.steps for student in stage.students):
         raise RuntimeError(f"{stage.name} was left unsaved: make it anew")
+    elif stage.path.exists():
+        aside = stage.path.with_name(f"{stage.path.name}.{time.time_ns()}")
+        stage.path.rename(aside)
+        print(f"{stage.path} is now {aside.name}: {'; '.join(changes[:3])}")
 
 
 def read_checkpoint(path: Path) -> dict | None:
     """A stage's file, on the CPU; None for none, or a damaged or a foreign one."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        keys = ("record", "machine", "seconds", "students")
-        return saved if saved.keys() >= set(keys) else None
+        return saved if {"record", "seconds", "students"} <= saved.keys() else None
     except Exception:  # such a file fails in many ways
         return None
 
 
-# ── Statistics ────────────────────────────────────────────────────────────
+# ── Answers and statistics ────────────────────────────────────────────────────────────
 @torch.no_grad()
 def predict(network: nn.Module, split: Split) -> Tensor:
     """Logits [N, C] float32 of the images as they are, in evaluation mode."""
@@ -725,7 +722,7 @@ def correct(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 # 97.5 % quantiles of Student's t, by degrees of freedom
-FREEDOM = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
+FREEDOM = (*range(1, 11), *range(20, 101, 10))
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 QUANTILES += (2.086, 2.042, 2.021, 2.009, 2.000, 1.994, 1.990, 1.987, 1.984)
 
@@ -734,16 +731,16 @@ def interval(gains) -> tuple[float, float, float]:
     """Mean of paired gains [seeds, images] and its 95 % interval: (mean, low, high).
     It covers the luck of seeds and of images, whose variances add up (degrees of
     freedom: Welch–Satterthwaite). nan for fewer than two seeds or images."""
-    gains = np.asarray(gains, dtype=float)
+    gains = np.atleast_2d(np.asarray(gains, dtype=float))
     seeds, images = gains.shape
     mean = float(gains.mean()) if gains.size else math.nan
-    if min(seeds, images) < 2:
+    if min(seeds, images) < 2 or math.isnan(mean):
         return mean, math.nan, math.nan
 
     by_seed = gains.mean(1).var(ddof=1) / seeds  # squared standard errors
     by_image = gains.mean(0).var(ddof=1) / images
     spread = by_seed**2 / (seeds - 1) + by_image**2 / (images - 1)
-    # Without any spread the half is 0, whatever the quantile. 1e-6: 4.0 stays 4.
+    # Without spread the half is 0, whatever the quantile. 1e-6: 3.9999999 is a 4
     freedom = int((by_seed + by_image) ** 2 / (spread or 1) + 1e-6)
     quantile = QUANTILES[np.searchsorted(FREEDOM, freedom, side="right") - 1]
     half = quantile * math.sqrt(by_seed + by_image)
@@ -767,8 +764,9 @@ class Results:
                 self.stages[path.stem] = saved
                 for (network_name, arm, seed), state in saved["students"].items():
                     seeds = self.students.setdefault((network_name, arm), {})
-                    if seeds.setdefault(seed, state) is not state:
+                    if seed in seeds:
                         raise ValueError(f"{path} repeats {arm}: move one away")
+                    seeds[seed] = state
         self.check(val)
 
     def check(self, val: Split) -> None:
@@ -777,11 +775,14 @@ class Results:
         seen, teachers = {"images of val": val.fingerprint()}, ["none"]
         for (network_name, _), seeds in self.students.items():
             if network_name == "teacher":
-                teachers += [fingerprint(s["network"].values()) for s in seeds.values()]
+                weights = [
+                    s["network"].values() for s in seeds.values() if "network" in s
+                ]
+                teachers += map(fingerprint, weights)
         for name, saved in self.stages.items():
             for key, value in saved["record"]["study"].items():
                 if seen.setdefault(key, value) != value:
-                    found = f"{key} {value!s:.20}, others {seen[key]!s:.20}"
+                    found = f"{key} {value}, others {seen[key]}"
                     raise ValueError(f"{name} had {found}. {advice}")
             if len(teachers) > 1 and saved["record"]["teacher"] not in teachers:
                 raise ValueError(f"{name} had another teacher. {advice}")

@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+import subprocess
 import sys
 from functools import partial
 from itertools import product
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
+WOOF, NETTE = "Imagewoof_KD.ipynb", "Imagenette_KD.ipynb"
 sys.path.insert(0, str(ROOT))
 for variable in ("PROFILE", "SEEDS", "DATA_DIR", "RUNS_DIR", "TEACHER_WEIGHTS"):
     os.environ.pop(f"KD_{variable}", None)
@@ -30,9 +33,30 @@ def make_settings(runs_dir, **changes):
     return kd.Settings(runs_dir=runs_dir, **{"recipe": recipe, **small, **changes})
 
 
-def code_cells(name="Imagewoof_KD.ipynb"):
-    cells = nbformat.read(ROOT / name, as_version=4).cells
-    return [cell.source for cell in cells if cell.cell_type == "code"]
+def read(name):
+    return nbformat.read(ROOT / name, as_version=4)
+
+
+def text_of(notebook):
+    """What the cells printed and showed, if it is no error and no warning."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error" and output.get("name") != "stderr"
+            found.append(output.get("text", ""))
+            found.append(output.get("data", {}).get("text/markdown", ""))
+    return "\n".join(found)
+
+
+def smaller(cell):
+    """What to add to a cell, so that a notebook takes seconds."""
+    if "SETTINGS = kd.Settings(" not in cell.source:
+        return ""
+    return "\nSETTINGS = replace(SETTINGS, epochs=1, image_size=32, teacher='resnet18')"
+
+
+def code_cells(name=WOOF):
+    return [cell.source for cell in read(name).cells if cell.cell_type == "code"]
 
 
 def run_cells(*starts, **names):
@@ -137,3 +161,30 @@ def exact(monkeypatch):
     set_precision = partial(monkeypatch.setattr, kd, "choose_precision")
     set_precision(lambda: torch.float32)
     return lambda precision: set_precision(lambda: precision)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_run(request, tmp_path_factory):
+    """All of Imagewoof runs aside, as a process, while the other tests do: also what a
+    reader switches on, on photographs of his own, and then the report once more."""
+    if not any("whole_run" in item.fixturenames for item in request.session.items):
+        return None
+    folder, notebook = tmp_path_factory.mktemp("whole"), read(WOOF)
+    images = {name: photograph(60 * number) for number, name in enumerate("abc")}
+    own = own_folder(folder / "own", images, copies=22)  # no never-seen images
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("RUN = False", "RUN = True") + smaller(cell)
+        if cell.metadata.get("tags") == ["parameters"]:
+            cell.source += f"\nDATASET = {str(own)!r}"
+    titles = [cell.source.split(":")[0] for cell in notebook.cells]
+    report = notebook.cells[titles.index("# @title Read the results") :]
+    notebook.cells += [cell.copy() for cell in report if "@title" in cell.source]
+    for number, cell in enumerate(notebook.cells):
+        cell.id = str(number)
+    shutil.copy(ROOT / "kd_utils.py", folder)
+    nbformat.write(notebook, folder / "whole.ipynb")
+    variables = {"KD_PROFILE": "demo", "OMP_NUM_THREADS": "1"}
+    command = "jupyter nbconvert --to notebook --inplace --execute --allow-errors"
+    command = [sys.executable, "-m", *command.split(), "whole.ipynb"]
+    process = subprocess.Popen(command, cwd=folder, env={**os.environ, **variables})
+    return process, folder

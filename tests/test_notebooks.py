@@ -1,10 +1,8 @@
 """The two notebooks: alike, clean, and able to run top to bottom, also in parts."""
 
-import json
 import math
 import os
 import re
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,37 +16,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    NETTE,
     ROOT,
+    WOOF,
     code_cells,
     make_settings,
     make_split,
-    own_folder,
-    photograph,
+    read,
     run_cells,
+    smaller,
 )
-from nbclient import NotebookClient
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import Markdown
 from PIL import Image, ImageDraw
 from study import ANSWERS, RIGHT, VAL, make_study
 from torch import nn
 
 import kd_utils as kd
-
-WOOF, NETTE = "Imagewoof_KD.ipynb", "Imagenette_KD.ipynb"
-
-
-def read(name):
-    return nbformat.read(ROOT / name, as_version=4)
-
-
-def text_of(notebook):
-    """What the cells printed and showed, if it is no error and no warning."""
-    found = []
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            assert output.output_type != "error" and output.get("name") != "stderr"
-            found.append(output.get("text", ""))
-            found.append(output.get("data", {}).get("text/markdown", ""))
-    return "\n".join(found)
 
 
 # ── As they are committed ─────────────────────────────────────────────────
@@ -75,78 +59,25 @@ def test_committed_notebook_is_clean_run_once_and_quoted_by_the_readme(name):
     assert len(rows) == 2 and all(row in studies[name == NETTE] for row in rows)
 
 
-# ── Top to bottom ─────────────────────────────────────────────────────────
-def execute(notebook, tmp_path, monkeypatch, *lines):
-    """Runs a notebook as `demo`, smaller still, as its text tells a reader to."""
-    monkeypatch.setenv("KD_PROFILE", "demo")
-    for folder in ("DATA_DIR", "RUNS_DIR"):
-        monkeypatch.setenv(f"KD_{folder}", str(tmp_path))
-    for cell in notebook.cells:
-        if "SETTINGS = kd.Settings(" in cell.source:
-            smaller = "epochs=1, image_size=32, teacher='resnet18'"
-            cell.source += f"\nSETTINGS = replace(SETTINGS, {smaller})"
-        if cell.metadata.get("tags") == ["parameters"]:
-            cell.source = "\n".join([cell.source, *lines])
-    resources = {"metadata": {"path": str(ROOT)}}
-    NotebookClient(notebook, timeout=300, resources=resources).execute()
-    return text_of(notebook)
-
-
-ELSEWHERE = """
-import json, sys, torch, warnings
-warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11
-extra = {"classes.json": ""}
-network = torch.export.load(sys.argv[1], extra_files=extra).module()
-images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
-answers = [network(images[:number]).tolist() for number in (1, 3)]
-print(json.dumps([*answers, extra["classes.json"], "kd_utils" in sys.modules]))
-"""
-
-
-def test_all_of_imagewoof_runs_and_its_network_leaves(tmp_path, monkeypatch):
-    images = {name: photograph(60 * number) for number, name in enumerate("abc")}
-    own = own_folder(tmp_path / "own", images, copies=22)  # no never-seen images
-    notebook = read(WOOF)
-    for cell in notebook.cells:  # the exercises, too, and then the report again
-        cell.source = cell.source.replace("RUN = False", "RUN = True")
-    titles = [cell.source.split(":")[0] for cell in notebook.cells]
-    report = notebook.cells[titles.index("# @title Read the results") :]
-    notebook.cells += [cell.copy() for cell in report if "@title" in cell.source]
-    text = execute(notebook, tmp_path, monkeypatch, f"DATASET = {str(own)!r}")
-    assert "by hand 0.6450, kd.distillation_loss 0.6450" in text
-    assert text.count("**Distillation into") == 4 and "lead over alone, longer" in text
-    assert text.count("By the rule, the choice") == 2 and "lead over smoothed" in text
-    assert not re.search("nan|Not run yet|never-seen", text)
-
-    names = "Experiment 2", "teacher", "trials/teacher", "trials/T and alpha"
-    files = [kd.read_checkpoint(tmp_path / f"own-demo/{name}.pt") for name in names]
-    content = [saved["record"]["chosen of train"] for saved in files]
-    assert content[0] == content[1] != content[2] == content[3]
-
-    network = kd.CustomCNN(3).eval()
-    student = files[0]["students"]["Custom CNN", "distilled", 0]
-    network.load_state_dict(student["network"])
-    images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
-    expected = network(kd.normalise(images)).softmax(1).tolist()
-    command = [sys.executable, "-W", "error", "-c", ELSEWHERE, "own-demo/student.pt2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    one, three, classes, needs_kd = json.loads(done.stdout)
-    assert np.allclose(one + three, expected[:1] + expected, atol=1e-5)
-    assert json.loads(classes) == ["a", "b", "c"] and not needs_kd
-
-
+# ── Without one of the experiments ────────────────────────────────────────
 @pytest.mark.parametrize("left_out", ["Experiment 1", "Experiment 2"])
-def test_either_experiment_may_be_left_out(left_out, tmp_path, monkeypatch):
-    notebook, inside = read(NETTE), False
-    for cell in notebook.cells:
+def test_either_experiment_may_be_left_out(left_out, tmp_path, monkeypatch, capsys):
+    shell, inside, shown = InteractiveShell(), False, []
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    monkeypatch.setenv("KD_PROFILE", "demo")
+    for kind in ("DATA", "RUNS"):
+        monkeypatch.setenv(f"KD_{kind}_DIR", str(tmp_path / kind))
+    for cell in read(NETTE).cells[2:]:  # kd_utils is there
         if cell.cell_type == "markdown" and "\n## " in f"\n{cell.source}":
             inside = f"\n## {left_out}" in f"\n{cell.source}"
-        elif inside and cell.cell_type == "code":
-            cell.source, cell.outputs = "", []
-    text = execute(notebook, tmp_path, monkeypatch)
+        elif cell.cell_type == "code" and not inside:
+            shown.append(shell.run_cell(cell.source + smaller(cell)))
+            assert shown[-1].success, shown[-1]
+    texts = [done.result.data for done in shown if isinstance(done.result, Markdown)]
+    text = "\n".join(texts) + capsys.readouterr().out
     assert f"Not run yet: {left_out}" in text and "no verdict" in text
-    assert re.findall("nan|the 40", text) == ["the 40"] * (left_out == "Experiment 1")
+    assert ("the 40 never-seen" in text) == (left_out == "Experiment 1")
+    assert not re.search(r"\bnan\b", text)
 
 
 # ── Single cells ──────────────────────────────────────────────────────────
