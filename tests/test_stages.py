@@ -20,8 +20,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import compare, distilled, label_loss, make_split, make_stage, same, tiny
-from study import ANSWERS, RIGHT, SURE, VAL, finish, make_study
+from conftest import (
+    ANSWERS,
+    RIGHT,
+    SURE,
+    VAL,
+    compare,
+    distilled,
+    finish,
+    label_loss,
+    make_split,
+    make_stage,
+    make_study,
+    same,
+    tiny,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import OneCycleLR

@@ -1,8 +1,10 @@
 """The two notebooks: alike, clean, and able to run top to bottom, also in parts."""
 
+import json
 import math
 import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,20 +18,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ANSWERS,
     NETTE,
+    RIGHT,
     ROOT,
+    VAL,
     WOOF,
     code_cells,
-    make_settings,
     make_split,
+    make_study,
     read,
     run_cells,
     smaller,
+    text_of,
 )
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import Markdown
 from PIL import Image, ImageDraw
-from study import ANSWERS, RIGHT, VAL, make_study
 from torch import nn
 
 import kd_utils as kd
@@ -139,86 +144,50 @@ def test_demo_draws_shapes_that_belong_to_their_class(tmp_path):
 class Given:
     """In place of `kd.Stage`: it keeps what it is given, and is not trained."""
 
-    made = []
-
-    def __init__(
-        self, name, losses, settings, splits, networks=kd.STUDENTS, teacher=None
-    ):
-        self.name, self.losses, self.settings = name, losses, settings
-        self.splits, self.networks, self.teacher = splits, networks, teacher
-        self.students = [
-            SimpleNamespace(
-                network="trained", arm="x", logits=torch.eye(3)[splits[1].targets]
-            )
-        ]
-        self.made.append(self)
+    def __init__(self, name, losses, settings, splits, networks=None, teacher=None):
+        self.losses, self.settings, self.splits = losses, settings, splits
+        self.networks, self.teacher = networks, teacher
+        logits = torch.eye(3)[splits[1].targets]
+        self.students = [SimpleNamespace(network="trained", arm="x", logits=logits)]
 
 
-def test_losses_choices_and_teacher_get_what_they_should(settings, monkeypatch):
-    split = make_split(50)
-    held_out = torch.arange(50) % 10 == 0
-    build = partial(kd.build_classifier, name="resnet18", weights=None)
-    settings = replace(
-        settings,
-        teacher="resnet18",
-        teacher_weights=None,
-        teacher_epochs=7,
-        trial_epochs=5,
-    )
+def test_choices_and_teacher_get_what_they_should(settings, monkeypatch):
+    split, held_out, made = make_split(50), torch.arange(50) % 10 == 0, []
+    numbers = {"teacher": "resnet18", "teacher_weights": None, "teacher_epochs": 7}
+    settings = replace(settings, trial_epochs=5, **numbers)
     given = {"train_split": split, "SETTINGS": settings, "replace": replace}
     given |= {"partial": partial, "splits": (split, VAL), "RUN_CHOICES": True}
-    given |= {"train": lambda stage: None}
     monkeypatch.setattr(kd, "Stage", Given)
-    monkeypatch.setattr(Given, "made", [])
     cells = ["def label_loss", "def fine_tune_teacher", "is_tenth =", "def tell_choice"]
-    names = run_cells(*cells, "RATES = ", "def fixed_loss", **given)
-    *rates, teacher, trial = Given.made
-    for stage in Given.made:
-        learned, held = stage.splits
-        for column in ("images", "targets", "never_seen"):
-            assert torch.equal(getattr(held, column), getattr(split, column)[held_out])
-            assert torch.equal(
-                getattr(learned, column), getattr(split, column)[~held_out]
-            )
+    names = run_cells(*cells, "RATES = ", "def fixed_loss", train=made.append, **given)
+    *rates, teacher, trial = made
+    for stage in made:
+        for part, chosen in zip(stage.splits, (~held_out, held_out), strict=True):
+            assert torch.equal(part.images, split.images[chosen])
+            assert torch.equal(part.targets, split.targets[chosen])
         assert stage.settings.runs_dir == settings.runs_dir / "trials"
     for stage in (*rates, trial):
         assert stage.settings.seeds == (100,) and stage.settings.epochs == 5
-        assert not stage.settings.keep_weights and stage.networks is kd.STUDENTS
-    assert [s.settings.recipe.learning_rate for s in rates] == [
-        0.001,
-        0.002,
-        0.004,
-        0.008,
-    ]
+        assert not stage.settings.keep_weights and stage.networks is None  # the default
+    tried = [stage.settings.recipe.learning_rate for stage in rates]
+    assert tried == [0.001, 0.002, 0.004, 0.008]
     assert all(stage.losses == {"alone": names["label_loss"]} for stage in rates)
     assert teacher.settings.epochs == 7 and teacher.settings.seeds == (0,)
     assert teacher.settings.keep_weights and trial.teacher == "trained"
-    [build] = teacher.networks.values()
-    assert (
-        list(teacher.networks) == ["teacher"]
-        and build(num_classes=3).fc.out_features == 3
-    )
-    logits = (
-        torch.tensor([[1.0, 0.0, 2.0]]),
-        torch.tensor([[0.5, 1.0, 0.0]]),
-        torch.tensor([1]),
-    )
+    assert teacher.networks["teacher"](num_classes=3).fc.out_features == 3
+    logits = *torch.eye(3)[:2, None], torch.tensor([1])
     for arm, loss in list(trial.losses.items())[1:]:
-        T, alpha = map(float, re.findall(r"[\d.]+", arm))
-        expected = kd.distillation_loss(*logits, T, alpha)
+        expected = kd.distillation_loss(
+            *logits, *map(float, re.findall(r"[\d.]+", arm))
+        )
         assert loss(*logits, settings.recipe) == expected
-
     names["fine_tune_teacher"]("teacher")
-    assert Given.made[-1].splits == (split, VAL)
-    assert Given.made[-1].settings.runs_dir == settings.runs_dir
+    assert made[-1].splits == (split, VAL)
+    assert made[-1].settings.runs_dir == settings.runs_dir
 
 
-def test_choice_is_made_by_its_rule(capsys):
-    given = {
-        "train_split": make_split(),
-        "replace": replace,
-        "SETTINGS": make_settings("."),
-    }
+def test_choice_is_made_by_its_rule(settings, capsys):
+    given = {"train_split": make_split(), "replace": replace, "SETTINGS": settings}
     tell_choice = run_cells("is_tenth =", "def tell_choice", **given)["tell_choice"]
     hits = {"present": (torch.arange(100) < 2).float(), "other": torch.zeros(100)}
     for number, choice in ((3, "present"), (20, "other")):  # 3 may be luck
@@ -253,47 +222,51 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
         assert found == pytest.approx(expected, rel=1e-4)
         found = names["distilled_loss"](logits, logits, label, recipe).item()
         assert found == pytest.approx((1 - alpha) * hard, abs=1e-6)
-    assert names["label_loss"](logits, None, label, recipe).item() == pytest.approx(
-        hard
-    )
+    found = names["label_loss"](logits, None, label, recipe).item()
+    assert found == pytest.approx(hard)
 
 
 def test_printed_quality_is_of_the_last_epoch(capsys):
-    histories = [[0.2, 0.9, 0.5], [0.3, 0.9, 0.6]]
-    students = [
-        SimpleNamespace(key=("a", "b", n), history={"val_accuracy": values})
-        for n, values in enumerate(histories)
-    ]
+    students = []
+    for values in ([0.2, 0.9, 0.5], [0.3, 0.9, 0.6]):
+        history = {"val_accuracy": values}
+        students.append(SimpleNamespace(key=("a", "b", 0), history=history))
     run_cells("def tell_quality", untaught=SimpleNamespace(students=students))
     assert "a, b: 55.0 % of val right, from 50.0 to 60.0 (2" in capsys.readouterr().out
 
 
 # ── The report, against an independent calculation ────────────────────────
+TRUTH, LEVELS = VAL.targets.cpu().numpy(), ("alone", "distilled")
+
+
 def softmax(logits):
     powers = np.exp(logits.double().numpy())
     return powers / powers.sum(1, keepdims=True)
 
 
-def mean_over_seeds(arm, measure):
-    seeds = [seed for name, seed in ANSWERS if name == arm]
-    return np.mean([measure(ANSWERS[arm, seed]) for seed in seeds])
-
-
 def accuracy(logits):
-    return (logits.argmax(1) == VAL.targets.cpu()).double().mean().item()
+    return 100 * (logits.argmax(1).numpy() == TRUTH).mean()
 
 
 def nll(logits):
-    return -np.log(softmax(logits)[range(24), VAL.targets.cpu()]).mean()
+    return -np.log(softmax(logits)[range(24), TRUTH]).mean()
 
 
 def ece(logits):
-    p = softmax(logits).max(1)
-    hits = (logits.argmax(1) == VAL.targets.cpu()).numpy()
-    chosen = [np.flatnonzero(np.ceil(15 * p) == number) for number in range(1, 16)]
-    return sum(
-        abs(hits[c].mean() - p[c].mean()) * len(c) / 24 for c in chosen if len(c)
-    )
+    p, gap = softmax(logits).max(1), 0.0
+    for number in range(1, 16):
+        chosen = np.ceil(15 * p) == number
+        gap += abs((logits.argmax(1).numpy() == TRUTH)[chosen].sum() - p[chosen].sum())
+    return gap / 24
+
+
+def recalls(logits):
+    hits = logits.argmax(1).numpy() == TRUTH
+    return np.array([100 * hits[label == TRUTH].mean() for label in range(3)])
+
+
+def mean_of(arm, measure):
+    return np.mean([measure(ANSWERS[arm, seed]) for seed in (0, 1)], axis=0)
 
 
 def gain(arm, other, images=slice(None)):
@@ -303,125 +276,88 @@ def gain(arm, other, images=slice(None)):
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-REPORT = [
-    "How numbers",
-    "Read the",
-    "Did it",
-    "How sure",
-    "What a verdict",
-    "The words of",
-]
-REPORT += [
-    "The verdicts",
-    "Metrics",
-    "By arm",
-    "Were the probabilities",
-    "Six photographs",
-]
-REPORT += ["The teacher's confusions", "Did the students", "What ran"]
+REPORT = """How numbers|Read the results|Did it help|How sure|What a verdict|The words
+|The verdicts|Metrics|By arm|Were the probabilities|Six photographs|The teacher's conf
+|Did the students|What ran"""
 
 
 def report(settings):
+    """What the report shows, and its figures."""
     shown, figures = [], []
-
-    def keep_figure():
-        figures.append(plt.gcf())
-
-    mocked = SimpleNamespace(**vars(plt) | {"show": keep_figure})
-    given = {"SETTINGS": settings, "val_split": VAL, "is_drawn": False, "plt": mocked}
-    given |= {
-        "Markdown": shown.append,
+    mocked = vars(plt) | {"show": lambda: figures.append(plt.gcf())}
+    given = {
+        "SETTINGS": settings,
+        "val_split": VAL,
+        "is_drawn": False,
         "num_classes": 3,
-        "COLOURS": {"teacher": "g", "alone": "k", "distilled": "b"},
     }
-    run_cells(*(f"# @title {title}" for title in REPORT), **given)
+    given |= {"plt": SimpleNamespace(**mocked), "Markdown": shown.append}
+    titles = [f"# @title {title.strip()}" for title in REPORT.split("|")]
+    colours = {"teacher": "g", "alone": "k", "distilled": "b"}
+    run_cells(*titles, COLOURS=colours, **given)
     return shown, figures
 
 
-def test_report_says_what_the_files_hold(settings, capsys):
+def test_report_gives_gains_and_verdicts(settings):
     make_study(settings)
-    shown, (photographs, confusions) = report(settings)
-    table, sure, verdicts, arms, spoiled, followed, ran = shown
-    share = {
-        arm: 100 * mean_over_seeds(arm, accuracy) for arm in ("alone", "distilled")
-    }
-    row = f"| tiny | {share['alone']:.1f} | {share['distilled']:.1f} | "
-    assert row + gain("distilled", "alone") + " | 2 of 2 |" in table
+    (table, sure, verdicts, *_, ran), _ = report(settings)
+    levels = [f"{mean_of(arm, accuracy):.1f}" for arm in LEVELS]
+    row = f"| tiny | {' | '.join(levels)} | {gain('distilled', 'alone')} | 2 of 2 |"
+    assert row in table
     pairs = [("distilled", "alone"), ("distilled", "alone", slice(0, None, 4))]
     pairs += [("class mean", "alone"), ("distilled", "class mean")]
     assert f"| tiny | {' | '.join(gain(*pair) for pair in pairs)} |" in sure
     assert "Distillation into tiny: helps.** It learned more" in verdicts
     assert "No clear lead over the teacher's mean answer" in verdicts
-
-    model = ANSWERS["teacher", 0].argmax(1)
-    for arm in ("alone", "class mean", "distilled"):
-        same = 100 * mean_over_seeds(
-            arm, lambda x: (x.argmax(1) == model).double().mean().item()
-        )
-        values = [mean_over_seeds(arm, measure) for measure in (nll, ece)]
-        row = f"| tiny | {arm} | {100 * mean_over_seeds(arm, accuracy):.1f} | {values[0]:.3f} | {values[1]:.3f} | {same:.1f} |"
-        assert row in arms
-    for name, measure in (("NLL", nll), ("ECE", ece)):
-        before, after = (
-            mean_over_seeds(arm, measure) for arm in ("alone", "distilled")
-        )
-        word = "worse" if after > before else "better"
-        assert f"{name} {word} ({before:.3f} → {after:.3f})" in spoiled
-    shares = {"only *distilled*": [], "only *alone*": []}
-    for seed in (0, 1):
-        old, new = RIGHT["alone", seed], RIGHT["distilled", seed]
-        for key, arm, which in (
-            ("only *distilled*", "distilled", old & ~new),
-            ("only *alone*", "alone", new & ~old),
-        ):
-            copied = ANSWERS[arm, seed].argmax(1) == model
-            shares[key].append(copied[which].double().mean().item())
-    means = [f"{np.mean(values):.0%}" for values in shares.values()]
-    assert means[0] != means[1]
-    assert re.findall(r"\d+%", spoiled) == means
-
-    def mean_p(arm):
-        chosen = [
-            softmax(ANSWERS[arm, seed])[range(24), VAL.targets.cpu()] for seed in (0, 1)
-        ]
-        return 100 * np.mean(chosen, axis=0)
-
-    change = np.sort(mean_p("distilled") - mean_p("alone"))
-    titles = [axis.get_title().split("\n")[1] for axis in photographs.axes]
-    expected = [*change[::-1][:3], *change[2::-1]]
-    expected = [*change[::-1][:3], *change[:3][::-1]]
-    assert titles == [f"{value:+.0f} points" for value in expected]
-
-    targets = VAL.targets.cpu()
-    bars = [patch.get_width() for patch in confusions.axes[1].patches]
-    recalls = {
-        arm: [
-            np.mean([RIGHT[arm, seed][targets == c].double().mean() for seed in (0, 1)])
-            for c in range(3)
-        ]
-        for arm in ("alone", "distilled")
-    }
-    changes = 100 * (np.array(recalls["distilled"]) - np.array(recalls["alone"]))
-    assert bars == pytest.approx(changes.tolist(), abs=1e-4)
-    counts = np.array(
-        [
-            [
-                ((targets == a) & (model == b)).sum() / (targets == a).sum()
-                for b in range(3)
-            ]
-            for a in range(3)
-        ]
-    )
-    np.fill_diagonal(counts, 0)
-    row, column = np.unravel_index(counts.argmax(), (3, 3))
-    line = f"Of *{VAL.classes[row]}*, the teacher calls {100 * counts[row, column]:.0f} % *{VAL.classes[column]}*"
-    assert line in followed and f"tiny {changes[row]:+.1f}" in followed
     assert "learning_rate of tiny 0.004; temperature of tiny 3.0" in ran
 
 
+def test_report_says_what_became_of_probabilities_and_mistakes(settings):
+    make_study(settings)
+    (_, _, _, arms, spoiled, followed, _), (photographs, confusions) = report(settings)
+    model = ANSWERS["teacher", 0].argmax(1)
+    for arm in ("alone", "class mean", "distilled"):
+        same = mean_of(
+            arm, lambda x: 100 * (x.argmax(1) == model).double().mean().item()
+        )
+        found = f"{mean_of(arm, nll):.3f} | {mean_of(arm, ece):.3f} | {same:.1f} |"
+        assert f"| tiny | {arm} | {mean_of(arm, accuracy):.1f} | {found}" in arms
+    for name, measure in (("NLL", nll), ("ECE", ece)):
+        before, after = (mean_of(arm, measure) for arm in LEVELS)
+        word = "worse" if after > before else "better"
+        assert f"{name} {word} ({before:.3f} → {after:.3f})" in spoiled
+    shares = []
+    for arm, other in (("distilled", "alone"), ("alone", "distilled")):
+        copied = []
+        for seed in (0, 1):  # mistakes of this arm only
+            mistakes = RIGHT[other, seed] & ~RIGHT[arm, seed]
+            own = ANSWERS[arm, seed].argmax(1) == model
+            copied.append(own[mistakes].double().mean().item())
+        shares.append(f"{np.mean(copied):.0%}")
+    assert shares[0] != shares[1] and re.findall(r"\d+%", spoiled) == shares
+
+    p = {arm: mean_of(arm, lambda x: softmax(x)[range(24), TRUTH]) for arm in LEVELS}
+    change = np.sort(100 * (p["distilled"] - p["alone"]))
+    titles = [axis.get_title().split("\n")[1] for axis in photographs.axes]
+    expected = [*change[:-4:-1], *change[2::-1]]
+    assert titles == [f"{value:+.0f} points" for value in expected]
+
+    changes = mean_of("distilled", recalls) - mean_of("alone", recalls)
+    bars = [patch.get_width() for patch in confusions.axes[1].patches]
+    assert bars == pytest.approx(changes.tolist(), abs=1e-4)
+    share = np.zeros((3, 3))
+    for label, answered in zip(TRUTH, model.tolist(), strict=True):
+        share[label, answered] += 100 * (label != answered) / (TRUTH == label).sum()
+    row, column = np.unravel_index(share.argmax(), (3, 3))
+    names = [f"*{VAL.classes[place]}*" for place in (row, column)]
+    line = f"Of {names[0]}, the teacher calls {share[row, column]:.0f} % {names[1]}."
+    assert line in followed and f"tiny {changes[row]:+.1f}" in followed
+
+
 def test_one_seed_has_no_interval_and_no_verdict(settings):
-    make_study(replace(settings, seeds=(0,)))
-    shown, _ = report(replace(settings, seeds=(0,)))
+    settings = replace(settings, seeds=(0,))
+    make_study(settings)
+    shown, _ = report(settings)
     assert "tiny: one seed.** One seed has no interval" in shown[2]
     assert not re.search("contains 0|nan|No clear lead", "".join(shown))
 
@@ -440,3 +376,43 @@ def test_drawing_of_networks_takes_any_network(settings):
     assert [m[:2] for m in names["list_maps"](Wrapped(3))] == [(3, 32), (20, 1), (3, 1)]
     maps = names["list_maps"](kd.LeNet5())
     assert maps[:3] == [(3, 32, 0), (6, 28, 456), (6, 14, 0)]
+
+
+# ── All of it: the run that began with the first test ──────────────────────
+ELSEWHERE = """
+import json, sys, torch, warnings
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11
+extra = {"classes.json": ""}
+network = torch.export.load("student.pt2", extra_files=extra).module()
+images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
+answers = [network(images[:number]).tolist() for number in (1, 3)]
+print(json.dumps([*answers, extra["classes.json"], "kd_utils" in sys.modules]))
+"""
+
+
+def test_all_of_imagewoof_runs_and_its_network_leaves(whole_run):
+    process, folder = whole_run
+    assert process.wait() == 0
+    text = text_of(nbformat.read(folder / "whole.ipynb", as_version=4))
+    assert "by hand 0.6450, kd.distillation_loss 0.6450" in text
+    assert text.count("**Distillation into") == 4 and "lead over alone, longer" in text
+    assert text.count("By the rule, the choice") == 2 and "lead over smoothed" in text
+    assert not re.search("nan|Not run yet|never-seen", text)
+
+    folder = folder / "runs/own-demo"
+    names = "Experiment 2", "teacher", "trials/teacher", "trials/T and alpha"
+    files = [kd.read_checkpoint(folder / f"{name}.pt") for name in names]
+    content = [saved["record"]["learns from"] for saved in files]
+    assert content[0] == content[1] != content[2] == content[3]
+
+    network = kd.CustomCNN(3).eval()
+    student = files[0]["students"]["Custom CNN", "distilled", 0]
+    network.load_state_dict(student["network"])
+    images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
+    expected = network(kd.normalise(images)).softmax(1).tolist()
+    command = [sys.executable, "-W", "error", "-c", ELSEWHERE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    one, three, classes, needs_kd = json.loads(done.stdout)
+    assert np.allclose(one + three, expected[:1] + expected, atol=1e-5)
+    assert json.loads(classes) == ["a", "b", "c"] and not needs_kd
