@@ -130,7 +130,7 @@ def test_demo_draws_shapes_that_belong_to_their_class(tmp_path):
     split = kd.load_split(tmp_path / "demo", "train", 96)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert len(split) == 200 and len(split.classes) == 10
-    red, green, blue = split.images.float().cpu().unbind(1)
+    red, _green, blue = split.images.float().cpu().unbind(1)
     shapes = {"gold": (red > 200) & (blue < 120), "plum": (red > 180) & (blue > 180)}
     for label, name in enumerate(split.classes):
         colour, corners = re.match(r"(\w+) (\d)", name).groups()
@@ -347,7 +347,7 @@ def test_report_says_what_became_of_probabilities_and_mistakes(settings):
     assert bars == pytest.approx(changes.tolist(), abs=1e-4)
     share = np.zeros((3, 3))
     for label, answered in zip(TRUTH, model.tolist(), strict=True):
-        share[label, answered] += 100 * (label != answered) / (TRUTH == label).sum()
+        share[label, answered] += 100 * (label != answered) / (label == TRUTH).sum()
     row, column = np.unravel_index(share.argmax(), (3, 3))
     names = [f"*{VAL.classes[place]}*" for place in (row, column)]
     line = f"Of {names[0]}, the teacher calls {share[row, column]:.0f} % {names[1]}."
