@@ -298,7 +298,7 @@ def report(settings):
     return shown, figures
 
 
-def test_report_gives_gains_and_verdicts(settings):
+def test_report_gives_gains_and_verdicts(settings, monkeypatch):
     make_study(settings)
     (table, sure, verdicts, *_, ran), _ = report(settings)
     levels = [f"{mean_of(arm, accuracy):.1f}" for arm in LEVELS]
@@ -310,6 +310,10 @@ def test_report_gives_gains_and_verdicts(settings):
     assert "Distillation into tiny: helps.** It learned more" in verdicts
     assert "No clear lead over the teacher's mean answer" in verdicts
     assert "learning_rate of tiny 0.004; temperature of tiny 3.0" in ran
+    # A seed without a gain is not won
+    monkeypatch.setitem(ANSWERS, ("distilled", 0), ANSWERS["alone", 0])
+    make_study(settings)
+    assert "| 1 of 2 |" in report(settings)[0][0]
 
 
 def test_report_says_what_became_of_probabilities_and_mistakes(settings):
