@@ -286,10 +286,9 @@ def test_training_resumes_bit_for_bit(exact, settings, train, monkeypatch, capsy
 
 def test_a_finished_file_holds_weights_and_answers_or_answers_only(settings, train):
     for keep, size in ((True, 15e6), (False, 1e5)):  # 3.6 M float32 weights
-        one = replace(settings, epochs=1, seeds=(0,), keep_weights=keep)
-        first, second = (
-            make_stage(one, name=f"{keep}", networks=kd.STUDENTS) for _ in "12"
-        )
+        once = {"epochs": 1, "seeds": (0,), "runs_dir": settings.runs_dir / f"{keep}"}
+        one = replace(settings, keep_weights=keep, **once)
+        first, second = (make_stage(one, networks=kd.STUDENTS) for _ in "12")
         train(first)
         train(second)
         assert first.path.stat().st_size < size
@@ -301,10 +300,8 @@ def test_a_finished_file_holds_weights_and_answers_or_answers_only(settings, tra
 # ── Records ───────────────────────────────────────────────────────────────
 class Criterion:
     def __init__(self, amount):
-        self.amount, self.criterion = (
-            amount,
-            nn.CrossEntropyLoss(label_smoothing=amount),
-        )
+        self.amount = amount
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=amount)
 
     def loss(self, student_logits, teacher_logits, targets, recipe):
         return self.criterion(student_logits, targets)
@@ -370,9 +367,8 @@ def test_stage_of_other_data_parts_or_settings_is_another(exact, settings, teach
     numbers = {"batch_size": 24, "epochs": 3, "min_crop": 0.5, "stream_seed": 9}
     numbers |= {"weight_decay": 0.2, "seeds": (1,)}
     for name, number in numbers.items():
-        assert f"{name} was {getattr(one, name)} and is {number}" in told(
-            replace(one, **{name: number})
-        )
+        line = f"{name} was {getattr(one, name)} and is {number}"
+        assert line in told(replace(one, **{name: number}))
     changes = {"learning_rate": 0.1, "temperature": 4.0, "alpha": 0.9}
     for name, number in changes.items():
         changed = replace(one, recipe=replace(settings.recipe, **{name: number}))
@@ -519,23 +515,22 @@ def test_stages_that_do_not_belong_together_are_refused(settings, exact):
         finish(stage, {("x", seed): torch.zeros(24, 3) for seed in settings.seeds})
 
     _, two = make_study(settings)
-    changes = {"min_crop": 0.9, "stream_seed": 7, "batch_size": 8, "learning_rate": 0.1}
-    changes |= {"temperature": 8.0, "alpha": 0.1}
-    for name, number in changes.items():  # an exercise, trained before a change
-        if hasattr(settings, name):
-            changed, key = replace(settings, **{name: number}), name
-        else:
-            recipe = replace(settings.recipe, **{name: number})
-            changed, key = replace(settings, recipe=recipe), f"{name} of tiny"
-        add(changed, teacher=two.teacher)
-        assert_refused(f"x had {key} {number}, others .*Run it again")
+    for name, number in {
+        "learning_rate": 0.1,
+        "temperature": 8.0,
+        "alpha": 0.1,
+    }.items():
+        recipe = replace(settings.recipe, **{name: number})  # before a change
+        add(replace(settings, recipe=recipe), teacher=two.teacher)
+        assert_refused(f"x had {name} of tiny {number}, others .*Run it again")
+    add(replace(settings, min_crop=0.9))
+    assert_refused("x had min_crop 0.9, others 0.35")
     add(splits=(make_split(seed=3), VAL))
     assert_refused("x had images of train")
     part = make_split().subset(torch.arange(9))
     add(replace(settings, epochs=1), splits=(part, VAL))
-    kd.Results(
-        settings.runs_dir, VAL
-    )  # a part of train, other epochs, no teacher: fine
+    # A part of train, other epochs and no teacher are fine
+    kd.Results(settings.runs_dir, VAL)
     make_study(settings, shift=0.5)
     assert_refused("Experiment 2 had another teacher")
     make_study(settings)
