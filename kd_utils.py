@@ -108,7 +108,6 @@ class LeNet5(nn.Sequential):
             nn.ReLU(),
             nn.Linear(84, num_classes),
         )
-        self.to(memory_format=torch.channels_last)
 
 
 STUDENTS = {"Custom CNN": CustomCNN, "LeNet-5": LeNet5}
@@ -174,8 +173,6 @@ def mixed_precision() -> torch.autocast:
 @contextmanager
 def seeded(seed: int, step: int = 0):
     """Random numbers inside follow from (seed, step); outside they go on unchanged."""
-    if DEVICE.type == "cuda":
-        torch.cuda.init()  # before this, its generators are not there
     generators = (torch.default_generator, *torch.cuda.default_generators)
     states = [generator.get_state() for generator in generators]
     try:
@@ -215,8 +212,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Settings:
-    """All numbers of a study; `dataclasses.replace` makes a changed copy.
-    ValueError for a number that makes no sense. Some are for the notebooks only."""
+    """All numbers of a study: some for the notebooks only. ValueError for nonsense."""
 
     dataset: str = "imagewoof2-160"  # or a folder with train/<class> and val/<class>
     data_dir: Path = Path("data")
@@ -263,8 +259,7 @@ class Student:
 
     def __init__(self, network, key, loss, settings: Settings, epoch_steps: int):
         self.network = network.to(DEVICE)
-        self.key = key
-        self.network_name, self.arm, self.seed = key
+        self.network_name, self.arm, self.seed = self.key = key
         self.recipe = settings.recipe_of(self.network_name)
         self.loss = partial(loss, recipe=self.recipe)
         peak, decay = self.recipe.learning_rate, settings.weight_decay
@@ -304,10 +299,8 @@ class Student:
 
     def end_epoch(self, sample: "Split", val: "Split") -> None:
         """Notes the loss, and the accuracies on a sample of `train` and on `val`.
-        FloatingPointError for numbers that are not finite."""
+        FloatingPointError: not finite (in float16, the scaler may skip some steps)."""
         self.in_epoch = False
-        if not self.losses:
-            raise RuntimeError(f"{self} took no step in this epoch")
         logits = predict(self.network, val)
         on_val = correct(logits, val.targets)
         on_sample = correct(predict(self.network, sample), sample.targets)
@@ -316,9 +309,7 @@ class Student:
         parts = torch.cat(parts).cpu().split([len(part) for part in parts])
         losses, on_sample, on_val, logits = parts
         self.logits = logits.view(len(val), -1).clone()
-
         good_losses = losses[losses.isfinite()]
-        # In float16 the scaler skips some steps: that is no fault
         if 2 * len(good_losses) < len(losses) or not self.logits.isfinite().all():
             raise FloatingPointError(f"{self} is not finite: lower its learning rate")
         self.history["loss"].append(good_losses.mean().item())
@@ -334,14 +325,12 @@ class Student:
         for part, value in state.items():
             getattr(self, part).load_state_dict(value)
         self.steps = self.schedule.last_epoch
-        if "network" not in state:  # a finished student that left its answers only
-            self.network = None
+        self.network = self.network if "network" in state else None  # answers only
 
 
 class Stage:
     """Students that learn together, one per arm (a way to learn: its loss), network and
     seed. All arms of a seed have the same initial weights, batches and dropout.
-
     `losses`: {arm: loss(student_logits, teacher_logits or None, targets, recipe)};
     `networks`: {name: build}, called with num_classes=C; `splits`: train and val;
     `teacher`: a module, [B, 3, S, S] ─► [B, C], is frozen here. A stage's file is
@@ -356,27 +345,37 @@ class Stage:
         self.epoch_steps = max(1, len(self.train_split) // settings.batch_size)
         self.students = []
         self.seconds = []  # since the start, after each epoch
-
         classes = self.train_split.classes
-        taught = tuple(getattr(teacher, "class_names", classes))
-        if not classes == self.val_split.classes == taught:
-            raise ValueError(
-                f"classes differ: {classes}, {self.val_split.classes}, {taught}"
-            )
+        for others in (
+            self.val_split.classes,
+            getattr(teacher, "class_names", classes),
+        ):
+            if tuple(others) != classes:
+                raise ValueError(f"classes differ: {classes} and {tuple(others)}")
         self.teacher = teacher
         if teacher is not None:
             teacher.to(DEVICE, torch.float32).eval().requires_grad_(False)
         self.record = describe_stage(self, networks)
-        for arm, network_name, seed in product(losses, networks, settings.seeds):
-            with seeded(seed):  # same seed, same initial weights
-                network = networks[network_name](num_classes=len(classes))
-            network.class_names = classes
-            key = (str(network_name), str(arm), seed)
-            behaviour = describe_network(network_name, network, self.train_split)
-            student = Student(network, key, losses[arm], settings, self.epoch_steps)
-            behaviour |= describe_loss(student, len(classes), teacher is not None)
-            self.record["students"][str(student)] = behaviour
-            self.students.append(student)
+        for key in product(losses, networks, settings.seeds):
+            self.add_student(*key, losses, networks)
+
+    def add_student(self, arm, network_name, seed, losses, networks) -> None:
+        with seeded(seed):  # same seed, same initial weights
+            classes = self.train_split.classes
+            network = networks[network_name](num_classes=len(classes))
+        behaviour = describe_network(network_name, network, self.train_split)
+        self.record["study"][f"{network_name}, seed {seed}"] = behaviour
+        network.class_names = classes
+        key = (str(network_name), str(arm), seed)
+        student = Student(network, key, losses[arm], self.settings, self.epoch_steps)
+        behaviour = describe_loss(student, len(classes), self.teacher is not None)
+        self.record["losses"][str(student)] = behaviour
+        for other in [self.teacher or nn.Module(), *(s.network for s in self.students)]:
+            if not set(network.parameters()).isdisjoint(other.parameters()):
+                raise ValueError(
+                    f"{student} shares weights with another: build new ones"
+                )
+        self.students.append(student)
 
     def epochs_left(self):
         """Yields the epochs to train, from where an earlier run stopped. After each it
@@ -392,7 +391,6 @@ class Stage:
             for student in self.students:
                 student.in_epoch, student.losses = True, []
             yield epoch
-
             for student in self.students:
                 student.end_epoch(sample, self.val_split)
             self.seconds.append(time.monotonic() - start)
@@ -403,14 +401,12 @@ class Stage:
                 saved = time.monotonic()
 
     def batches(self, epoch: int):
-        """The epoch's `augmented_batches`, with a progress bar."""
         batches = augmented_batches(self.train_split, self.settings, epoch)
         return progress_bar(
             batches, f"{self.name}, epoch {epoch + 1}", self.epoch_steps
         )
 
     def log_line(self) -> str:
-        """Minutes, and mean validation accuracy in % by network and arm."""
         levels = {}
         for student in self.students:
             name = f"{student.network_name} {student.arm}"
@@ -488,7 +484,6 @@ def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Pat
         if (own / "train").is_dir() and (own / "val").is_dir():
             return own
         raise ValueError(f"{name!r}: no folder with train, val, nor {list(DATASETS)}")
-
     folder, (known_md5, expected) = Path(root, name).expanduser(), DATASETS[name]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -545,7 +540,7 @@ def read_image(path: str | Path, size: int) -> Tensor:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)  # as the camera was held
         if image.mode[0] in "IF":  # 16 or 32 bits, whose white is not known
-            grey = np.asarray(image, dtype=float)
+            grey = np.asarray_chkfinite(image, dtype=float)
             grey = 255 * (grey - grey.min()) / max(np.ptp(grey), 1e-9)
             image = Image.fromarray(grey.round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
@@ -564,7 +559,6 @@ def load_split(folder, split: str, size: int) -> Split:
     names = sorted(path.name for path in folder.glob("[!.]*/"))  # /: folders only
     if len(names) < 2:
         raise ValueError(f"{folder} needs two or more class folders, has {names}")
-
     files = sorted(folder.glob("[!.]*/[!.]*"))
     paths = [path for path in files if is_image_file(path.name)]
     empty = set(names) - {path.parent.name for path in paths}
@@ -589,8 +583,9 @@ def describe_stage(stage: Stage, networks) -> dict:
     """What shapes a result: a file is used only if this is unchanged. Networks and
     losses are described by what they do: source text shows no changed global."""
     settings, train, teacher = stage.settings, stage.train_split, stage.teacher
-    names = ("image_size", "batch_size", "min_crop", "stream_seed", "weight_decay")
+    names = ("batch_size", "min_crop", "stream_seed", "weight_decay")
     study = {name: getattr(settings, name) for name in names}
+    study["image_size"] = train.images.shape[-1]
     study["precision"] = str(choose_precision()).removeprefix("torch.")
     study["images of train"] = (train.whole or train).fingerprint()
     study["images of val"] = stage.val_split.fingerprint()
@@ -598,8 +593,9 @@ def describe_stage(stage: Stage, networks) -> dict:
         recipe = vars(settings.recipe_of(name))
         used = recipe if teacher is not None else ["learning_rate"]
         study |= {f"{key} of {name}": recipe[key] for key in used}
-    record = {"study": study, "epochs": settings.epochs, "seeds": settings.seeds}
-    record |= {"learns from": train.fingerprint(), "teacher": "none", "students": {}}
+    record = {name: getattr(settings, name) for name in ("epochs", "seeds")}
+    record |= {"study": study, "keep_weights": settings.keep_weights, "losses": {}}
+    record |= {"learns from": train.fingerprint(), "teacher": "none"}
     if teacher is not None:
         record["teacher"] = fingerprint(teacher.state_dict().values())
         record["taught"] = describe_network("the teacher", teacher, train)
@@ -609,20 +605,21 @@ def describe_stage(stage: Stage, networks) -> dict:
 def describe_network(name: str, network: nn.Module, train: Split) -> dict:
     """What a network does with four images, on the CPU whatever the device: answers in
     both modes, sizes of gradients. ValueError if they are no logits [B, C]."""
-    probe, images = copy.deepcopy(network).cpu(), normalise(train.images[:4].cpu())
-    need = (len(images), len(train.classes))
+    images = normalise((train.whole or train).images[:4].cpu())
+    probe, need = copy.deepcopy(network).cpu(), (len(images), len(train.classes))
     with seeded(0):
-        answers = [probe.train()(images), probe.eval()(images)]
+        for weight in probe.parameters():  # a last layer of zeros would hide all else
+            weight.data += 0.02 * torch.randn_like(weight)
+        answers = [probe.train()(images), probe.eval()(images), probe(10 * images)]
     for logits in answers:
         shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
         if shape != need or not logits.isfinite().all():
-            raise ValueError(f"{name}: finite logits {need} are needed, not {shape}")
+            raise ValueError(f"{name}: need logits {need}, no nan or inf; got {shape}")
     if images._version:  # it counts changes in place
         raise ValueError(f"{name} changes the images, which others see, too: copy them")
-
     trained = [weight for weight in probe.parameters() if weight.requires_grad]
     if trained:
-        answers[0].square().sum().backward()
+        answers[1].square().sum().backward()
     norms = [weight.grad.norm() for weight in trained if weight.grad is not None]
     return {
         "initial weights": getattr(network, "initial_weights", "random"),
@@ -635,14 +632,16 @@ def describe_loss(student: Student, num_classes: int, is_taught: bool) -> dict:
     """What a loss does with made-up logits. ValueError if it changes what it gets."""
     targets = torch.arange(2 * num_classes, device=DEVICE) % num_classes
     with seeded(0):
-        made_up = 3 * torch.randn(2, len(targets), num_classes)
+        made_up = torch.randn(2, len(targets), num_classes)
+        made_up *= torch.linspace(0.5, 10, len(targets))[:, None]  # unsure to sure
         student_logits = made_up[0].to(DEVICE).requires_grad_()
         teacher_logits = made_up[1].to(DEVICE, copy=True) if is_taught else None
         loss = student.loss(student_logits.clone(), teacher_logits, targets)
     if targets._version or (is_taught and teacher_logits._version):
         raise ValueError(f"{student}: its loss changes logits or targets: copy them")
     [gradient] = torch.autograd.grad(loss, student_logits)
-    return {"loss": loss.detach().cpu(), "loss's gradient": gradient.norm(dim=1).cpu()}
+    found = {"value": loss.detach(), "gradient": gradient.norm(dim=1)}
+    return {key: value.float().nan_to_num().cpu() for key, value in found.items()}
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -689,7 +688,7 @@ def restore(stage: Stage) -> None:
             student.load_state_dict(saved["students"][student.key])
         stage.seconds = saved["seconds"]
         print(f"From {stage.path}: {stage.log_line()}")
-    elif any(student.steps for student in stage.students):
+    elif any(student.steps or student.in_epoch for student in stage.students):
         raise RuntimeError(f"{stage.name} was left unsaved: make it anew")
     elif stage.path.exists():
         aside = stage.path.with_name(f"{stage.path.name}.{time.time_ns()}")
@@ -701,7 +700,9 @@ def read_checkpoint(path: Path) -> dict | None:
     """A stage's file, on the CPU; None for none, or a damaged or a foreign one."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return saved if {"record", "seconds", "students"} <= saved.keys() else None
+        record = saved["record"]
+        is_stage = record["study"] and len(saved["seconds"]) <= record["epochs"]
+        return saved if is_stage and saved["students"] else None
     except Exception:  # such a file fails in many ways
         return None
 
@@ -728,15 +729,13 @@ QUANTILES += (2.086, 2.042, 2.021, 2.009, 2.000, 1.994, 1.990, 1.987, 1.984)
 
 
 def interval(gains) -> tuple[float, float, float]:
-    """Mean of paired gains [seeds, images] and its 95 % interval: (mean, low, high).
-    It covers the luck of seeds and of images, whose variances add up (degrees of
-    freedom: Welch–Satterthwaite). nan for fewer than two seeds or images."""
+    """(mean, low, high) of paired gains [seeds, images]. The 95 % interval covers both
+    kinds of luck (degrees of freedom: Welch–Satterthwaite); nan for fewer than two."""
     gains = np.atleast_2d(np.asarray(gains, dtype=float))
     seeds, images = gains.shape
     mean = float(gains.mean()) if gains.size else math.nan
     if min(seeds, images) < 2 or math.isnan(mean):
         return mean, math.nan, math.nan
-
     by_seed = gains.mean(1).var(ddof=1) / seeds  # squared standard errors
     by_image = gains.mean(0).var(ddof=1) / images
     spread = by_seed**2 / (seeds - 1) + by_image**2 / (images - 1)
@@ -781,9 +780,11 @@ class Results:
                 teachers += map(fingerprint, weights)
         for name, saved in self.stages.items():
             for key, value in saved["record"]["study"].items():
-                if seen.setdefault(key, value) != value:
-                    found = f"{key} {value}, others {seen[key]}"
-                    raise ValueError(f"{name} had {found}. {advice}")
+                found = differences({key: seen.setdefault(key, value)}, {key: value})
+                if found:
+                    raise ValueError(
+                        f"{name} is of another study: {found[0]}. {advice}"
+                    )
             if len(teachers) > 1 and saved["record"]["teacher"] not in teachers:
                 raise ValueError(f"{name} had another teacher. {advice}")
 

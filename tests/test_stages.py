@@ -116,6 +116,7 @@ class Own(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 5, 4), nn.BatchNorm2d(4, 1e-5, momentum)
         self.fc = nn.Linear(4 * 7 * 7, num_classes)
+        nn.init.zeros_(self.fc.weight)  # as in torchvision's ViT: it hides all else
         self.p, self.act, self.change = p, act, change
 
     def forward(self, x):
@@ -151,8 +152,12 @@ def test_what_does_not_fit_is_named(settings, teacher):
     assert_named(r"odd: .*\(12,\)", lambda **_: nn.Sequential(tiny(3), nn.Flatten(0)))
     assert_named("odd: .*tuple", lambda **_: nn.Sequential(tiny(3), nn.LSTM(3, 3)))
     assert_named(r"the teacher: .*\(4, 1000\)", teacher=many())
-    assert_named("the teacher: finite", teacher=broken)
+    assert_named("the teacher: .* no nan or inf", teacher=broken)
     assert_named("'w/o labels'", name="w/o labels")
+    assert_named("shares weights", lambda num_classes: taught.network)
+    backbone = list(teacher)[:6]
+    built = lambda num_classes: nn.Sequential(*backbone, nn.Linear(8, 3))  # noqa: E731
+    assert_named("odd, alone, seed 0 shares weights", built, teacher=teacher)
     for splits in ((make_split(), val), (val, val)):  # the latter unlike the teacher's
         told = r"\('green', 'red', 'blue'\)"
         assert_named(told, splits=splits, teacher=taught.network)
@@ -254,6 +259,12 @@ def test_training_resumes_bit_for_bit(exact, settings, train, monkeypatch, capsy
 
     whole = make("whole", 300)
     train(whole)
+    with pytest.raises(KeyboardInterrupt):  # before the first step, in an epoch
+        for _ in (begun := make("cut", 300)).epochs_left():
+            begun.students[0].forward(make_split().images.float())
+            raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="left unsaved"):
+        train(begun)
     unsaved, calls, interrupt = make("cut", 300), itertools.count(), True
     for error in (KeyboardInterrupt, RuntimeError):  # it must be made anew
         with pytest.raises(error):
@@ -295,6 +306,9 @@ def test_a_finished_file_holds_weights_and_answers_or_answers_only(settings, tra
         for student, loaded in zip(first.students, second.students, strict=True):
             assert torch.equal(student.logits, loaded.logits)
             assert (loaded.network is None) == (not keep)
+    next(
+        make_stage(replace(one, keep_weights=True), networks=kd.STUDENTS).epochs_left()
+    )
 
 
 # ── Records ───────────────────────────────────────────────────────────────
@@ -325,15 +339,24 @@ def test_a_record_holds_what_networks_and_losses_do(settings, monkeypatch):
     old = describe()
     assert not kd.differences(old, describe(network=partial(Own, p=0.1)))
     others = [partial(Own, p=0.9), partial(Own, act=F.gelu), partial(Own, momentum=0.5)]
+    others.append(partial(Own, act=F.relu6))  # another only where values are large
     for network in (*others, frozen):
         assert kd.differences(old, describe(network=network))
-    told = "students: n, x, seed 0: answers changed"
+    told = "study: n, seed 0: answers changed"
     assert told in kd.differences(old, describe(network=others[0]))
     for first, second in ((lambda a: Criterion(a).loss, Criterion), (Criterion, None)):
         second = second or first
         assert not kd.differences(describe(first(0.1)), describe(first(0.1)))
         assert kd.differences(describe(first(0.1)), describe(second(0.2)))
 
+    for changed in (
+        torch.Tensor.double,
+        lambda logits: logits.clamp(max=9),
+        lambda logits: logits * math.nan,
+    ):
+        loss = lambda s, t, y, recipe, c=changed: F.cross_entropy(c(s), y)  # noqa: E731
+        found = kd.differences(old, describe(loss))
+        assert bool(found) == (changed is not torch.Tensor.double)
     by_global = describe(Criterion(0.1))
     for name, value in {"SCALE": 1.1, "helper": lambda x: x + 0.1}.items():
         with monkeypatch.context() as patch:
@@ -350,8 +373,13 @@ def test_stage_of_other_data_parts_or_settings_is_another(exact, settings, teach
     def told(settings=one, **changes):
         return "; ".join(kd.differences(old, make_stage(settings, **changes).record))
 
+    photographs = make_split(size=48)
+    networks = {"deep": partial(kd.build_classifier, name="resnet50")}
+    deep = {"networks": networks, "splits": (photographs, photographs)}
+    deep_record = make_stage(one, **deep).record
     torch.set_num_threads(2)  # which round otherwise
     assert told() == ""
+    assert not kd.differences(deep_record, make_stage(one, **deep).record)
     torch.set_num_threads(1)
     for name in ("images", "targets"):
         part = make_split()
@@ -449,7 +477,6 @@ def test_steps_on_a_gpu_that_is_not_there_read_nothing(settings, train, monkeypa
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(kd, "choose_precision", lambda: torch.float16)
     monkeypatch.setattr(kd, "DEVICE", torch.device("cuda:0"))
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     with FakeTensorMode():  # raises where a number is read, or two devices meet
         try:
             torch.zeros(1).to("cuda")
@@ -522,22 +549,25 @@ def test_stages_that_do_not_belong_together_are_refused(settings, exact):
     }.items():
         recipe = replace(settings.recipe, **{name: number})  # before a change
         add(replace(settings, recipe=recipe), teacher=two.teacher)
-        assert_refused(f"x had {name} of tiny {number}, others .*Run it again")
+        assert_refused(f"x .*: {name} of tiny was .* and is {number}. Run it again")
     add(replace(settings, min_crop=0.9))
-    assert_refused("x had min_crop 0.9, others 0.35")
+    assert_refused("x .*: min_crop was 0.35 and is 0.9")
     add(splits=(make_split(seed=3), VAL))
-    assert_refused("x had images of train")
+    assert_refused("x .*: images of train was")
     part = make_split().subset(torch.arange(9))
     add(replace(settings, epochs=1), splits=(part, VAL))
     # A part of train, other epochs and no teacher are fine
     kd.Results(settings.runs_dir, VAL)
+    add(networks={"tiny": partial(tiny, activation=nn.SiLU)})
+    assert_refused("x .*: tiny, seed 0: answers changed")
     make_study(settings, shift=0.5)
+    add()
     assert_refused("Experiment 2 had another teacher")
     make_study(settings)
-    assert_refused("Experiment 1 had images of val", make_split(24, seed=5))
+    assert_refused("Experiment 1 .*: images of val was", make_split(24, seed=5))
     exact(torch.bfloat16)
     add()
-    assert_refused("x had precision bfloat16, others float32")
+    assert_refused("x .*: precision was float32 and is bfloat16")
 
 
 def test_what_is_unfinished_damaged_or_a_trial_is_left_out_and_alone(settings, capsys):
@@ -545,7 +575,8 @@ def test_what_is_unfinished_damaged_or_a_trial_is_left_out_and_alone(settings, c
     trials = replace(settings, runs_dir=settings.runs_dir / "trials")
     finish(make_stage(trials, splits=(make_split(), make_split(24))), ANSWERS)
     two.path.write_bytes(b"damaged")
-    torch.save({"foreign": 1}, settings.runs_dir / "mine.pt")
+    foreign = {"record": 1, "seconds": [], "students": {}}
+    torch.save(foreign, settings.runs_dir / "mine.pt")
     one.seconds.pop()
     kd.save(one)
     before = sorted(settings.runs_dir.rglob("*"))
