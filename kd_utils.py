@@ -363,13 +363,15 @@ class Stage:
         with seeded(seed):  # same seed, same initial weights
             classes = self.train_split.classes
             network = networks[network_name](num_classes=len(classes))
-        behaviour = describe_network(network_name, network, self.train_split)
-        self.record["study"][f"{network_name}, seed {seed}"] = behaviour
-        network.class_names = classes
+        network.class_names, study = classes, self.record["study"]
+        if f"{network_name}, seed {seed}" not in study:
+            behaviour = describe_network(network_name, network, self.train_split)
+            study[f"{network_name}, seed {seed}"] = behaviour
         key = (str(network_name), str(arm), seed)
         student = Student(network, key, losses[arm], self.settings, self.epoch_steps)
-        behaviour = describe_loss(student, len(classes), self.teacher is not None)
-        self.record["losses"][str(student)] = behaviour
+        self.record["losses"][str(student)] = describe_loss(
+            student, classes, self.teacher
+        )
         for other in [self.teacher or nn.Module(), *(s.network for s in self.students)]:
             if not set(network.parameters()).isdisjoint(other.parameters()):
                 raise ValueError(
@@ -609,7 +611,7 @@ def describe_network(name: str, network: nn.Module, train: Split) -> dict:
     probe, need = copy.deepcopy(network).cpu(), (len(images), len(train.classes))
     with seeded(0):
         for weight in probe.parameters():  # a last layer of zeros would hide all else
-            weight.data += 0.02 * torch.randn_like(weight)
+            weight.data += 0.02 * torch.arange(weight.numel()).sin().view(weight.shape)
         answers = [probe.train()(images), probe.eval()(images), probe(10 * images)]
     for logits in answers:
         shape = tuple(getattr(logits, "shape", [type(logits).__name__]))
@@ -628,16 +630,16 @@ def describe_network(name: str, network: nn.Module, train: Split) -> dict:
     }
 
 
-def describe_loss(student: Student, num_classes: int, is_taught: bool) -> dict:
+def describe_loss(student: Student, classes, teacher) -> dict:
     """What a loss does with made-up logits. ValueError if it changes what it gets."""
-    targets = torch.arange(2 * num_classes, device=DEVICE) % num_classes
+    targets = torch.arange(2 * len(classes), device=DEVICE) % len(classes)
     with seeded(0):
-        made_up = torch.randn(2, len(targets), num_classes)
+        made_up = torch.randn(2, len(targets), len(classes))
         made_up *= torch.linspace(0.5, 10, len(targets))[:, None]  # unsure to sure
         student_logits = made_up[0].to(DEVICE).requires_grad_()
-        teacher_logits = made_up[1].to(DEVICE, copy=True) if is_taught else None
+        teacher_logits = made_up[1].to(DEVICE, copy=True) if teacher else None
         loss = student.loss(student_logits.clone(), teacher_logits, targets)
-    if targets._version or (is_taught and teacher_logits._version):
+    if targets._version or (teacher and teacher_logits._version):
         raise ValueError(f"{student}: its loss changes logits or targets: copy them")
     [gradient] = torch.autograd.grad(loss, student_logits)
     found = {"value": loss.detach(), "gradient": gradient.norm(dim=1)}
