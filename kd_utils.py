@@ -369,14 +369,11 @@ class Stage:
             study[f"{network_name}, seed {seed}"] = behaviour
         key = (str(network_name), str(arm), seed)
         student = Student(network, key, losses[arm], self.settings, self.epoch_steps)
-        self.record["losses"][str(student)] = describe_loss(
-            student, classes, self.teacher
-        )
+        found = describe_loss(student, classes, self.teacher)
+        self.record["losses"][str(student)] = found
         for other in [self.teacher or nn.Module(), *(s.network for s in self.students)]:
             if not set(network.parameters()).isdisjoint(other.parameters()):
-                raise ValueError(
-                    f"{student} shares weights with another: build new ones"
-                )
+                raise ValueError(f"{student} shares weights with others: build it anew")
         self.students.append(student)
 
     def epochs_left(self):
