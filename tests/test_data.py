@@ -149,7 +149,7 @@ def test_images_are_upright_cut_at_the_centre_and_put_on_white(tmp_path):
         assert (found[:, :, 5].float() - expected).abs().max() <= 1, name
     steps[3, 3] = np.nan
     Image.fromarray(steps.astype(np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match="cannot read the image .*x.tif.*NaN"):
+    with pytest.raises(ValueError, match=r"cannot read the image .*x\.tif.*NaN"):
         kd.read_image(tmp_path / "x.tif", 32)
     board = np.indices((64, 64)).sum(0) % 2 * 255  # halved: grey, not black or white
     found = read(board)
