@@ -148,7 +148,7 @@ def load_all_but_last_layer(network: nn.Module, name: str, weights: str) -> None
 
 
 # ── Device, precision, chance ─────────────────────────────────────────────
-VERSION = 2  # which the notebooks ask for
+VERSION = 3  # which the notebooks ask for
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.backends.cudnn.benchmark = True  # on a GPU: tries the algorithms, keeps the best
 
@@ -233,16 +233,18 @@ class Settings:
     teacher: str = "resnet50"  # torchvision's name
     teacher_weights: str | None = "IMAGENET1K_V1"  # or a file, or None: random
     teacher_epochs: int = 2
-    trial_epochs: int = 6  # of students that help to choose a recipe
-    trial_seed: int = 100
+    trial_epochs: int = 20  # of students that help to choose a recipe
+    trial_seeds: tuple[int, ...] = (100, 101, 102)
 
     def __post_init__(self):
-        from_0 = dict.fromkeys(("stream_seed", "trial_seed", "weight_decay"), (0, 1e9))
+        from_0 = dict.fromkeys(("stream_seed", "weight_decay"), (0, 1e9))
         check_numbers(self, min_crop=(0.01, 1), image_size=(32, 4096), **from_0)
-        seeds = list(self.seeds) if np.iterable(self.seeds) else []
-        if not seeds or sorted(set(map(int, seeds))) != sorted(seeds):
-            raise ValueError(f"seeds: such as (0, 1), none twice, not {self.seeds!r}")
-        object.__setattr__(self, "seeds", tuple(map(int, seeds)))
+        for name in ("seeds", "trial_seeds"):
+            given = getattr(self, name)
+            seeds = list(given) if np.iterable(given) else []
+            if not seeds or sorted(set(map(int, seeds))) != sorted(seeds):
+                raise ValueError(f"{name}: such as (0, 1), none twice, not {given!r}")
+            object.__setattr__(self, name, tuple(map(int, seeds)))
         object.__setattr__(self, "runs_dir", Path(self.runs_dir).expanduser())
 
     def recipe_of(self, network_name: str) -> Recipe:
@@ -652,9 +654,8 @@ def differences(old: dict, new: dict) -> list[str]:
             found += [f"{key}: {inner}" for inner in differences(was, now)]
         elif torch.is_tensor(was) and torch.is_tensor(now):
             limit = 1e-3 * now.abs().max().item()
-            if was.shape != now.shape or not torch.allclose(
-                was, now, rtol=0, atol=limit
-            ):
+            close = partial(torch.allclose, rtol=0, atol=limit)
+            if was.shape != now.shape or not close(was, now):
                 found.append(f"{key} changed")
         elif was != now:
             found.append(f"{key} was {was} and is {now}")
@@ -773,10 +774,8 @@ class Results:
         seen, teachers = {"images of val": val.fingerprint()}, ["none"]
         for (network_name, _), seeds in self.students.items():
             if network_name == "teacher":
-                weights = [
-                    s["network"].values() for s in seeds.values() if "network" in s
-                ]
-                teachers += map(fingerprint, weights)
+                kept = [s["network"] for s in seeds.values() if "network" in s]
+                teachers += [fingerprint(network.values()) for network in kept]
         for name, saved in self.stages.items():
             for key, value in saved["record"]["study"].items():
                 found = differences({key: seen.setdefault(key, value)}, {key: value})
