@@ -60,12 +60,17 @@ def code_cells(name=WOOF):
     return [cell.source for cell in read(name).cells if cell.cell_type == "code"]
 
 
+def find_cell(start):
+    """The cell of Imagewoof that begins so."""
+    [cell] = [source for source in code_cells() if source.startswith(start)]
+    return cell
+
+
 def run_cells(*starts, **names):
-    """Runs the cells of Imagewoof that begin so, and returns what they define."""
+    """Runs these cells of Imagewoof, and returns what they define."""
     names = {"kd": kd, "torch": torch, "F": F, "np": np, "Path": Path, **names}
     for start in starts:
-        [cell] = [source for source in code_cells() if source.startswith(start)]
-        exec(cell, names)
+        exec(find_cell(start), names)
     return names
 
 
@@ -140,58 +145,80 @@ def compare(students, others):
 # ── A study whose answers are known ───────────────────────────────────────
 def finish(stage, logits=None):
     """Writes the file of a finished stage without its training."""
-    epochs = range(stage.settings.epochs)
+    epochs, count = stage.settings.epochs, len(stage.val_split)
     for student in stage.students:
-        answers = logits[student.arm, student.seed] if logits else torch.zeros(24, 3)
+        answers = logits[student.arm, student.seed] if logits else torch.zeros(count, 3)
         student.logits = answers
-        student.history = {key: [0.25 for _ in epochs] for key in student.history}
-    stage.seconds = [60.0 * (epoch + 1) for epoch in epochs]
+        last = kd.correct(answers, stage.val_split.targets.cpu()).mean().item()
+        curve = [0.9 for _ in range(epochs - 1)]  # it falls: the last one counts
+        student.history = {key: [*curve, last] for key in student.history}
+    stage.seconds = [60.0 * (epoch + 1) for epoch in range(epochs)]
     stage.path.parent.mkdir(parents=True, exist_ok=True)
     kd.save(stage)
 
 
-VAL = make_split(24, seed=1)
+VAL, HELD_OUT = make_split(24, seed=1), make_split(24, seed=2)
 VAL.targets[[1, 2, 5]] = 0  # classes of 11, 7 and 6 images
 PLACE = torch.arange(24)
-RIGHT = {  # whose answers are right, by arm and seed: all different
-    ("alone", 0): PLACE % 3 == 0,
-    ("alone", 1): PLACE % 4 == 0,
-    ("class mean", 0): PLACE % 4 > 0,  # clearly ahead of alone
-    ("class mean", 1): PLACE > 5,
-    ("distilled", 0): PLACE > 6,
-    ("distilled", 1): PLACE % 5 > 0,
-    ("teacher", 0): PLACE % 6 > 0,
+RIGHT = {  # whose answers are right, by arm, for seed 0 and seed 1: all different
+    "alone": (PLACE % 3 == 0, PLACE % 4 == 0),
+    "alone again": (PLACE % 3 == PLACE // 20, PLACE % 4 == PLACE // 20),
+    "smoothed": (PLACE % 3 == 1, PLACE % 4 < 2),
+    "class mean": (PLACE % 4 > 0, PLACE > 5),  # clearly ahead of alone
+    "distilled": (PLACE > 6, PLACE % 5 > 0),
+    "alone ×2": (PLACE % 2 == 0, PLACE % 7 > 2),
+    "distilled ×2": (PLACE % 6 > 0, PLACE > 4),
+    "alone, few labels": (PLACE % 5 == 0, PLACE % 6 == 1),
+    "distilled, few labels": (PLACE > 10, PLACE % 8 > 1),
+    "teacher": (PLACE % 6 > 0,),
+    "few labels, teacher": (PLACE % 7 > 1,),
 }
 SURE = torch.where(PLACE % 5 < 2, 4.0, 1.5)  # of an answer: its logit
 
 
-def answer(right, wrong=1):
+def answer(right, wrong=1, split=VAL):
     """Logits [24, 3]: the label where it is right, else a class `wrong` after it."""
-    chosen = (VAL.targets.cpu() + wrong * (~right).int()) % 3
+    chosen = (split.targets.cpu() + wrong * (~right).int()) % 3
     return SURE[:, None] * torch.eye(3)[chosen]
 
 
 # Wrong answers of the second seed are not the teacher's
-ANSWERS = {key: answer(RIGHT[key], wrong=1 + key[1]) for key in RIGHT}
+ANSWERS = {
+    (arm, seed): answer(right, wrong=1 + seed)
+    for arm, seeds in RIGHT.items()
+    for seed, right in enumerate(seeds)
+}
+HELD_OUT_ANSWERS = {
+    ("alone", 100): answer(PLACE % 4 > 0, split=HELD_OUT),
+    ("distilled", 100): answer(PLACE % 3 > 0, split=HELD_OUT),
+}
 
 
 def make_study(settings, shift=0.0):
     """The files of a study; `shift` makes another teacher, which it does not report."""
-    splits = (make_split(), VAL)
-    one = make_stage(settings, splits=splits)
-    finish(one, ANSWERS)
-    build, once = {"teacher": tiny}, replace(settings, seeds=(0,))
-    learner = make_stage(
-        once, {"teacher": label_loss}, "teacher", splits=splits, networks=build
-    )
-    finish(learner, ANSWERS)
-    teacher = learner.students[0].network
+
+    def fill(name, arms, settings=settings, answers=ANSWERS, **parts):
+        losses = dict.fromkeys(arms, distilled if "teacher" in parts else label_loss)
+        parts = {"splits": (make_split(), VAL), **parts}
+        stage = make_stage(settings, losses, name, **parts)
+        stage.students.reverse()  # the order in a file must not matter
+        finish(stage, answers)
+        return stage
+
+    one = fill("Experiment 1", ("alone", "smoothed", "alone again"))
+    once = replace(settings, seeds=(0,))
+    teachers = {"networks": {"teacher": tiny}, "settings": once}
+    teacher = fill("teacher", ["teacher"], **teachers).students[0].network
+    fill("few labels, teacher", ["few labels, teacher"], **teachers)
     teacher[-1].bias.data += shift
-    losses = {"class mean": distilled, "distilled": distilled}
-    parts = {"splits": splits, "teacher": teacher}
-    two = make_stage(settings, losses, "Experiment 2", **parts)
-    two.students.reverse()  # the order in a file must not matter
-    finish(two, ANSWERS)
+    two = fill("Experiment 2", ("class mean", "distilled"), teacher=teacher)
+    longer = {"settings": replace(settings, epochs=2 * settings.epochs)}
+    fill("2 times as long", ("alone ×2", "distilled ×2"), teacher=teacher, **longer)
+    few = ("alone, few labels", "distilled, few labels")
+    fill("few labels", few, teacher=teacher)
+    apart = replace(settings, runs_dir=settings.runs_dir / "held out", seeds=(100,))
+    splits = {"splits": (make_split(), HELD_OUT), "answers": HELD_OUT_ANSWERS}
+    fill("for the temperatures", ("alone", "distilled"), apart, **splits)
     return one, two
 
 
@@ -227,7 +254,7 @@ def exact(monkeypatch):
 def whole_run(request, tmp_path_factory):
     """All of Imagewoof runs aside, as a process, while the other tests do: also what a
     reader switches on, on photographs of his own, and then the report once more."""
-    if not any("whole_run" in item.fixturenames for item in request.session.items):
+    if not any("whole_run" in item.name for item in request.session.items):
         return None
     folder, notebook = tmp_path_factory.mktemp("whole"), read(WOOF)
     images = {name: photograph(60 * number) for number, name in enumerate("abc")}
@@ -236,9 +263,12 @@ def whole_run(request, tmp_path_factory):
         cell.source = cell.source.replace("RUN = False", "RUN = True") + smaller(cell)
         if cell.metadata.get("tags") == ["parameters"]:
             cell.source += f"\nDATASET = {str(own)!r}"
-    titles = [cell.source.split(":")[0] for cell in notebook.cells]
-    report = notebook.cells[titles.index("# @title Read the results") :]
-    notebook.cells += [cell.copy() for cell in report if "@title" in cell.source]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    first = [cell.source.split("\n")[0] for cell in cells]
+    report = cells[first.index("# @title Read the results") :]
+    after = cells[first.index("def train(stage):") :]
+    again = [cell for cell in report if "@title" in cell.source] + after[::-1]
+    notebook.cells += [cell.copy() for cell in again]
     for number, cell in enumerate(notebook.cells):
         cell.id = str(number)
     shutil.copy(ROOT / "kd_utils.py", folder)
