@@ -170,7 +170,7 @@ RIGHT = {  # whose answers are right, by arm, for seed 0 and seed 1: all differe
     "distilled ×2": (PLACE % 6 > 0, PLACE > 4),
     "alone, few labels": (PLACE % 5 == 0, PLACE % 6 == 1),
     "distilled, few labels": (PLACE > 10, PLACE % 8 > 1),
-    "teacher": (PLACE % 6 > 0,),
+    "teacher": (PLACE % 7 > 0,),
     "few labels, teacher": (PLACE % 7 > 1,),
 }
 SURE = torch.where(PLACE % 5 < 2, 4.0, 1.5)  # of an answer: its logit
@@ -225,7 +225,7 @@ def make_study(settings, shift=0.0):
 # ── Fixtures ──────────────────────────────────────────────────────────────
 @pytest.fixture
 def settings(tmp_path):
-    return make_settings(tmp_path / "runs")
+    return make_settings(tmp_path / "runs-demo")
 
 
 @pytest.fixture

@@ -564,7 +564,7 @@ def test_stages_that_do_not_belong_together_are_refused(settings, exact):
     add()
     assert_refused("2 times as long had another teacher")
     make_study(settings)
-    assert_refused("Experiment 1 .*: images of val was", make_split(24, seed=5))
+    assert_refused("2 times .*: images of val was", make_split(24, seed=5))
     exact(torch.bfloat16)
     add()
     assert_refused("x .*: precision was float32 and is bfloat16")

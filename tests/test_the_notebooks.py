@@ -1,14 +1,16 @@
 """The two notebooks: alike, clean, and able to run top to bottom, also in parts."""
 
+import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import permutations, product
+from itertools import combinations, product
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from unittest.mock import Mock
@@ -18,6 +20,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     ANSWERS,
     HELD_OUT,
@@ -81,7 +84,9 @@ def test_either_experiment_may_be_left_out(left_out, tmp_path, monkeypatch, caps
     monkeypatch.setenv("KD_PROFILE", "demo")
     for kind in ("DATA", "RUNS"):
         monkeypatch.setenv(f"KD_{kind}_DIR", str(tmp_path / kind))
-    for cell in read(NETTE).cells[2:]:  # kd_utils is there
+    for cell in read(NETTE).cells:
+        if cell.source.startswith("# @title Find kd_utils"):
+            continue  # it is there
         if cell.cell_type == "markdown" and "\n## " in f"\n{cell.source}":
             inside = f"\n## {left_out}" in f"\n{cell.source}"
         elif cell.cell_type == "code" and not inside:
@@ -102,7 +107,7 @@ def test_set_up_asks_until_it_gets_the_module(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     monkeypatch.chdir(tmp_path)
     Path("kd_utils.py").write_text("def distillation_loss(")  # an older one
-    exec(code_cells()[0], {})
+    exec(find_cell("# @title Find kd_utils"), {})
     told = capsys.readouterr().out.count("That was not the kd_utils.py")
     assert told == 2 and Path("kd_utils.py").read_bytes() == module
 
@@ -204,13 +209,15 @@ def chosen(settings, monkeypatch, capsys):
     given = {"SETTINGS": replace(settings, **numbers), "train_split": make_split(500)}
     given |= {"replace": replace, "partial": partial, "product": product, "re": re}
     given |= {"RUN_CHOICES": "auto", "run_all": True, "splits": (make_split(), VAL)}
+    given["io"] = io
     monkeypatch.setattr(kd, "Stage", Given)
     monkeypatch.setattr(kd, "STUDENTS", {"a": tiny, "b": tiny})
     Given.made = []
-    cells = ["def label_loss", "def fine_tune_teacher", "is_tenth =", "import io"]
+    cells = ["def label_loss", "def fine_tune_teacher", "is_tenth ="]
+    cells += ["from contextlib import", "# @title Answers at several temp"]
     cells += ["def change", "def best_of", "run_choices =", "def distilled_loss"]
     given["train"] = lambda stage: print(f"{stage.name}\nx is now y: z")
-    names = run_cells(*cells, "trial_teacher =", "TEMPERATURES =", **given)
+    names = run_cells(*cells, "trial_teacher =", "ALPHAS =", **given)
     return names, Given.made
 
 
@@ -351,6 +358,34 @@ def test_longer_and_few_labels_get_what_they_should(settings, monkeypatch):
     assert taught.splits == (split, VAL) and taught.teacher == "few teacher"
     tuned.assert_called_once_with("few labels, teacher", alone.splits)
 
+    trial = replace(settings, trial_seeds=(7, 8), trial_epochs=9)
+    given |= {"SETTINGS": trial, "train_split": make_split(50), "trial_teacher": "own"}
+    names = run_cells("is_tenth =", **given)
+    run_cells("settings = replace(make_trial()", **names)
+    held_out = Given.made[-1]
+    assert held_out.splits is names["trial_splits"] and held_out.teacher == "own"
+    assert held_out.settings.seeds == (7,) and held_out.settings.epochs == 2
+    assert held_out.settings.runs_dir == settings.runs_dir / "held out"
+    assert held_out.losses == {arm: losses[f"{part}_loss"] for arm, part in PARTS}
+
+
+def test_estimate_of_minutes_counts_every_pass(settings):
+    given = {"train_split": make_split(), "DATASET": "imagewoof2-160"}
+    given |= {"count_multiply_adds": lambda build, size: build * size * 1e6}
+    given["BUILDS"] = {"Custom CNN": 2, "LeNet-5": 1, "teacher": 10}
+    small = {"image_size": 96, "seeds": (0, 1, 2), "epochs": 16, "teacher_epochs": 1}
+    given["PROFILES"] = {"small": {**small, "trial_epochs": 16}}
+    found = run_cells("# @title An estimate", **given)["estimate"]("small", 1e9)
+    adds = 9025 * 96e6 / 1e9 / 60  # minutes for one pass of a network of one
+    arm, reading, tuning = 3 * 16 * 3 * 3 * adds, 16 * 10 * adds, 3 * 10 * adds
+    expected = {"Experiment 1": 2 * arm, "Experiment 2": 2 * arm + reading + tuning}
+    expected["the choices"] = 13 * 0.9 * arm + reading
+    expected["twice as long"] = 4 * arm + 2 * reading
+    expected["four times as long"] = 8 * arm + 4 * reading
+    expected["few labels"] = 2 * arm + reading + tuning
+    expected["temperatures"] = 2 * arm / 3 + reading + tuning
+    assert found == {part: f"{minutes:.0f}" for part, minutes in expected.items()}
+
 
 PARTS = (("alone", "label"), ("distilled", "distilled"))
 
@@ -414,6 +449,24 @@ def gain(arm, other="alone", images=slice(None)):
     return write(100 * (each(arm) - each(other))[:, images], 1, "+")
 
 
+def word_of(change):
+    _, low, high = kd.interval(change)
+    word = "worse" if low > 0 else "better" if high < 0 else "cannot tell"
+    return f"{word} ({write(change, sign='+')})"
+
+
+def fit(logits):
+    """The best of 401 temperatures on the held-out images."""
+    truth, temperatures = HELD_OUT.targets.cpu().numpy(), np.geomspace(0.1, 10, 401)
+    losses = [
+        -np.log(softmax(logits / T)[range(24), truth]).mean() for T in temperatures
+    ]
+    return temperatures[np.argmin(losses)]
+
+
+FITTED = [fit(HELD_OUT_ANSWERS[arm, 100]) for arm in LEVELS]
+
+
 def show_nothing(monkeypatch):
     """Figures are kept in this list instead of shown."""
     figures = []
@@ -431,16 +484,19 @@ def report(settings, monkeypatch):
     def run(settings=settings):
         shown = []
         given = {"SETTINGS": settings, "val_split": VAL, "is_drawn": False}
-        given = run_cells("plt.rcParams", plt=plt, **given)
         given |= {"num_classes": 3, "trial_splits": (None, HELD_OUT), "nn": nn}
-        given |= {"product": product, "permutations": permutations, "partial": partial}
-        given |= {"FlopCounterMode": FlopCounterMode, "re": re}
+        given |= {"product": product, "combinations": combinations, "plt": plt}
+        given |= {"FlopCounterMode": FlopCounterMode, "partial": partial, "re": re}
+        given |= {"DATASET": "own-160", "profile": "demo", "json": json}
+        given["teacher_val_logits"] = ANSWERS["teacher", 0]
         given["Markdown"] = shown.append
         titles = [source.split("\n")[0] for source in code_cells()]
         first = titles.index("# @title Read the results")
-        last = titles.index("# @title Settings, machine, teacher")
-        before = ["# @title How numbers", "# @title Multiply-adds of"]
-        titles = before + titles[first : last + 1]
+        last = titles.index("# @title Your own photograph")
+        before = ["COLOURS =", "# @title How numbers", "# @title Multiply-adds of"]
+        before += ["# @title Tables of shares", "# @title The photograph to look at"]
+        titles = before + titles[first:last]
+        given = run_cells(**given)
         texts, figures = {}, {}
         for title in titles:
             if "latency" in title or "running a network" in title:
@@ -464,7 +520,8 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
     texts, figures = report()
     sentence = starting(texts, "In a sentence")
     assert sentence.startswith("- **Distillation into tiny: helps.** It learned more")
-    assert sentence.endswith(f"{gain('distilled')} points.")
+    assert sentence.split("\n")[0].endswith(f"{gain('distilled')} points.")
+    assert f"The teacher is right on {level('teacher')} % of 24 images." in sentence
     never_seen = gain("distilled", images=slice(0, None, 4))
     row = f"{level('alone')} | {level('distilled')} | {gain('distilled')} | 2 of 2"
     assert f"| tiny | {row} | {never_seen} |" in starting(texts, "Did it help")
@@ -475,13 +532,17 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
         assert f"| tiny | {' | '.join(map(str, row))} | " in table
     few = [f"{arm}, few labels" for arm in LEVELS]
     row = [*map(level, few), level("few labels, teacher"), gain(few[1], few[0])]
-    assert f"| tiny | {' | '.join(row)} | " in starting(texts, "A tenth of the labels")
+    assert f"| tiny | {' | '.join(row)} | " in starting(texts, "Alone with a tenth")
     row = [gain("smoothed"), gain("class mean"), gain("distilled")]
     row += [gain("distilled", "smoothed"), gain("distilled", "class mean")]
     assert f"| tiny | {' | '.join(row)} |" in starting(texts, "The controls")
     words = starting(texts, "The same in words").splitlines()
-    assert words[0].endswith("gives no clear gain, so a lead over it has no verdict.")
-    assert words[1].endswith("helps; *distilled* has no clear lead over it.")
+    assert words[0].endswith(
+        "does not help clearly, so beating it would explain nothing."
+    )
+    assert words[1].endswith(
+        "helps, too; the run cannot tell whether *distilled* is ahead of it."
+    )
     answers = [each(arm, lambda z: z.argmax(1).numpy()) for arm in PAIR]
     told = starting(texts, "How far may")
     assert f"answers {(answers[0] != answers[1]).mean():.1%} of the images oth" in told
@@ -527,8 +588,10 @@ def test_costs_are_multiply_adds_of_student_and_teacher(settings, report):
         # Fine-tuned for two epochs; an own step is three times an answer
         cost = epochs + (epochs + 3 * 2) * teacher / (3 * student * students)
         arm = "distilled" if epochs == 2 else "distilled ×2"
-        row = f"| tiny | {students} | {arm} | {cost:.0f} | alone ×2 "
-        row += f"({400 / cost:.0f} % of the cost) | {gain(arm, 'alone ×2')} |"
+        row = (
+            f"| tiny | {students} | {arm} | {cost:.0f} | alone ×2 | {400 / cost:.0f} %"
+        )
+        row += f" | {gain(arm, 'alone ×2')} | not tested |"
         assert row in table
 
 
@@ -543,31 +606,25 @@ def test_report_says_what_became_of_the_probabilities(settings, report):
             values = each(arm, measure)
             row.append(write(values) if len(values) > 1 else f"{values.mean():.3f}")
         assert f"| {name} | {arm} | {' | '.join(row)} |" in table
-    told = starting(texts, "Did distillation spoil")
-    for name, measure in (("NLL", nll), ("ECE", ece)):
-        change = each("distilled", measure) - each("alone", measure)
-        _, low, high = kd.interval(change)
-        word = "worse" if low > 0 else "better" if high < 0 else "not clearly changed"
-        assert f"{name} {word} ({write(change, sign='+')})" in told
+    told = starting(texts, "Did distillation spoil").splitlines()
+    arms = ("", " ×2", ", few labels")
+    for line, end in zip(told, arms, strict=True):
+        for name, measure in (("NLL", nll), ("ECE", ece)):
+            change = each(f"distilled{end}", measure) - each(f"alone{end}", measure)
+            assert f"{name}: {word_of(change)}" in line
 
     after = starting(texts, "What these temperatures do")
-    fitted, labels = {}, HELD_OUT.targets.cpu().numpy()
-    for arm in LEVELS:
-        logits = HELD_OUT_ANSWERS[arm, 100]
-        losses = {
-            T: -np.log(softmax(logits / T)[range(24), labels]).mean()
-            for T in np.geomspace(0.1, 10, 401)
-        }
-        T = fitted[arm] = min(losses, key=losses.get)
+    for arm, T in zip(LEVELS, FITTED, strict=True):
         row = [f"{T:.2f}"]
         for measure in (nll, ece):
             row += [write(each(arm, measure)), write(each(arm, measure, T))]
         assert f"| tiny | {arm} | {' | '.join(row)} |" in after
-    assert fitted["alone"] != fitted["distilled"]
+    assert FITTED[0] != FITTED[1] and "Fitted on 24 images" in after
 
     [axis] = starting(figures, "Reliability")[0].axes
     curves = [line.get_xydata() for line in axis.lines[1:]]
-    expected = [(arm, T) for arm in LEVELS for T in (1.0, fitted[arm])]
+    pairs = zip(LEVELS, FITTED, strict=True)
+    expected = [(arm, T) for arm, fitted in pairs for T in (1.0, fitted)]
     for curve, (arm, T) in zip(curves, expected, strict=True):
         p = each(arm, softmax, T).max(2).flatten()
         right = each(arm).flatten()
@@ -581,14 +638,19 @@ def test_report_says_whether_the_teacher_was_followed(settings, report):
     texts, figures = report()
     model = ANSWERS["teacher", 0].argmax(1)
 
-    def shared(arm, seed, others):
-        wrong = ~RIGHT[arm][seed]
-        return (ANSWERS[arm, seed].argmax(1) == others)[wrong].double().mean()
+    def shared(pairs):
+        both, right = (
+            np.concatenate([np.stack(pair) for pair in pairs], 1),
+            np.tile(TRUTH, len(pairs)),
+        )
+        wrong = (both != right).all(0)
+        return (both[0] == both[1])[wrong].mean()
 
-    row = [np.mean([shared(arm, seed, model) for seed in (0, 1)]) for arm in LEVELS]
-    pairs = [shared("alone", s, ANSWERS["alone", 1 - s].argmax(1)) for s in (0, 1)]
-    cells = " | ".join(f"{share:.0%}" for share in (*row, np.mean(pairs)))
-    assert f"| tiny | {cells} |" in starting(texts, "When a student is wrong")
+    picked = {arm: [ANSWERS[arm, seed].argmax(1) for seed in (0, 1)] for arm in LEVELS}
+    shares = [shared([(one, model) for one in picked[arm]]) for arm in LEVELS]
+    shares.append(shared([picked["alone"]]))
+    cells = " | ".join(f"{100 * share:.0f} %" for share in shares)
+    assert f"| tiny | {cells} |" in starting(texts, "Where both are wrong")
 
     def confusion(logits):
         found = np.zeros((3, 3))
@@ -611,25 +673,51 @@ def test_report_says_whether_the_teacher_was_followed(settings, report):
     assert f"tiny: rank correlation {np.corrcoef(*ranks)[0, 1]:+.2f} [" in found
 
     [photographs] = starting(figures, "Six photographs")
-    [confusions] = starting(figures, "The teacher's confusions")
+    [confusions] = starting(figures, "The teacher's mistakes")
+    [bars] = starting(figures, "Distilled − alone, in points")
     p = {arm: each(arm, softmax).mean(0)[range(24), TRUTH] for arm in LEVELS}
     change = np.sort(100 * (p["distilled"] - p["alone"]))
     titles = [axis.get_title().split("\n")[1] for axis in photographs.axes]
     expected = [*change[:-4:-1], *change[2::-1]]
     assert titles == [f"{value:+.0f} points" for value in expected]
     changes = (each("distilled", recalls) - each("alone", recalls)).mean(0)
-    bars = [patch.get_width() for patch in confusions.axes[1].patches]
-    assert bars == pytest.approx(changes.tolist(), abs=1e-4)
+    widths = [patch.get_width() for patch in bars.axes[0].patches]
+    assert widths == pytest.approx(changes.tolist(), abs=1e-4)
+    assert bars.axes[0].get_title() == "classes of 6 to 11 photographs"
     share = 100 * confusion(ANSWERS["teacher", 0])
     texts = [text.get_text() for text in confusions.axes[0].texts]
-    assert texts == [f"{value:.0f}" for value in share.flatten() if value > 0]
+    assert texts == [f"{value:.0f}" for value in share.flatten()]
+
+
+def test_rank_correlation_shares_ranks_and_has_the_bootstraps_interval():
+    chosen = {"alone": torch.tensor([0.2, 0.5, 0.3]), "distilled": torch.ones(3) / 3}
+    truth = torch.arange(300) % 3
+    states = {}
+    with kd.seeded(0):
+        model = torch.randn(300, 3)
+        for arm, chance in chosen.items():
+            draws = [torch.randn(300, 3) + chance.log() + model for _ in range(2)]
+            states["x", arm] = {s: {"logits": each} for s, each in enumerate(draws)}
+    given = {"num_classes": 3, "truth": truth, "model_logits": model, "TAUGHT": []}
+    given |= {"results": SimpleNamespace(students=states), "Markdown": str}
+    cells = "# @title Confusions", "# @title Are the students", "# @title The rank corr"
+    names = run_cells(*cells, **given)
+    assert names["ranks"](np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
+    text = names["tell_correlation"]("x")
+    found, low, high = map(float, re.findall(r"[-+]\d\.\d\d", text))
+    rng, draws = np.random.default_rng(1), []
+    for _ in range(300):
+        images = torch.from_numpy(rng.integers(0, 300, 300))
+        draws.append(names["rank_correlation"]("x", rng.integers(0, 2, 2), images))
+    assert high - found == pytest.approx(1.96 * np.nanstd(draws), rel=0.2)
+    assert found - low == pytest.approx(high - found, abs=0.011)
 
 
 def test_advice_follows_the_numbers(settings, report):
     make_study(settings)
-    texts, _ = report()
+    texts, figures = report()
     advice = starting(texts, "Advice")
-    words = {1: "yes", -1: "no", 0: "not clear"}
+    words = {1: "yes", -1: "no", 0: "cannot tell"}
 
     def answered(arm, other):
         _, low, high = kd.interval(each(arm) - each(other))
@@ -640,19 +728,55 @@ def test_advice_follows_the_numbers(settings, report):
         expected = answered(f"distilled{end}", f"alone{end}")
         assert f"for {epochs}, {expected}" in advice
     for who in ("one student", "one of 5"):
-        assert f"*The same cost, {who}:* {answered('distilled', 'alone ×2')}." in advice
+        lead = f"not tested ({gain('distilled', 'alone ×2')})"
+        assert f"*At the same cost, {who}?* {lead}, against an *alone* of " in advice
     few = answered("distilled, few labels", "alone, few labels")
-    assert f"*A tenth of the labels:* {few}." in advice
+    assert f"*With a tenth of the labels?* {few}." in advice
+    pair = [each(arm, nll, T) for arm, T in zip(LEVELS, FITTED, strict=True)]
+    assert f"NLL: {word_of(pair[1] - pair[0])}." in advice
     assert advice.startswith("> **Distil into tiny?**")
+
+    kept = json.loads((settings.runs_dir / "result.json").read_text())
+    assert kept["gains"]["tiny"] == pytest.approx(interval_of("distilled"))
+    assert kept["class mean"]["tiny"] == pytest.approx(interval_of("class mean"))
+    assert kept["says"].startswith("**Distillation into tiny: helps.**")
+    soft = dict(
+        zip(VAL.classes, ANSWERS["teacher", 0].softmax(1).tolist()[0], strict=True)
+    )
+    assert kept["label"] == max(kept["soft"], key=kept["soft"].get)
+    assert sorted(kept["soft"].values()) == pytest.approx(sorted(soft.values()))
+    assert np.shape(kept["photo"]) == (32, 32, 3)
+    [axis] = starting(figures, "Gains on every dataset")[0].axes
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    assert labels == [f"runs, tiny, {arm}" for arm in ("distilled", "class mean")]
+    bars = [line.get_xdata() for line in axis.lines[:4]]
+    for bar, dot, arm in ((*bars[:2], "distilled"), (*bars[2:], "class mean")):
+        mean, low, high = interval_of(arm)
+        assert [*bar, *dot] == pytest.approx([low, high, mean])
+
+
+def interval_of(arm):
+    return [100 * value for value in kd.interval(each(arm) - each("alone"))]
+
+
+@pytest.mark.parametrize(
+    ("share", "lead", "expected"),
+    [(90, 1, "helps"), (90, -1, "hurts"), (79, 1, "not tested"), (10, -1, "hurts")],
+)
+def test_to_beat_a_cheaper_one_is_no_verdict(share, lead, expected):
+    cells = "# @title What a verdict means", "# @title At equal cost"
+    given = {"BOTH": [], "Markdown": str, "table": str}
+    verdict_at = run_cells(*cells, **given)["verdict_at"]
+    assert verdict_at(share, np.full((2, 9), lead)) == expected
 
 
 def test_one_seed_has_no_interval_and_no_verdict(settings, report):
     make_study(replace(settings, seeds=(0,)))
     texts, _ = report()
     assert "one seed.** One seed has no interval" in starting(texts, "In a sentence")
-    wrong = r"contains 0|nan|clear|\byes\b|\bno \(|as it should|\[[-+]"
+    wrong = r"contains 0|nan|clearly|cannot|\byes\b|\bno \(|as it should|\[[-+]"
     assert not re.search(wrong, "\n".join(texts.values()))
-    assert starting(texts, "Advice").count("one seed, no verdict") == 6
+    assert starting(texts, "Advice").count("one seed") == 6
 
 
 def test_an_arm_of_another_length_is_refused_by_name(settings, report):
@@ -688,6 +812,94 @@ def test_drawing_of_networks_takes_any_network(settings):
     assert [m[:2] for m in names["list_maps"](Wrapped(3))] == [(3, 32), (20, 1), (3, 1)]
     maps = names["list_maps"](kd.LeNet5())
     assert maps[:3] == [(3, 32, 0), (6, 28, 456), (6, 14, 0)]
+
+
+# ── What the reader writes ────────────────────────────────────────────────
+def solution(name):
+    """The folded solution of a task, from the notebook's text."""
+    texts = [cell.source for cell in read(WOOF).cells if cell.cell_type == "markdown"]
+    [code] = re.findall(rf"```python\n(def {name}\(.*?)```", "\n".join(texts), re.S)
+    return code
+
+
+def told(name, code):
+    """What the check of a task prints for this code."""
+    first = "# @title What may be wrong with a loss"
+    checks = {"my_loss": [first, "# @title Check the loss"]}
+    checks["my_step"] = ["# @title Check the step"]
+    checks["my_class_means"] = ["# @title Check the class means"]
+    names = {"F": F, "torch": torch, "nn": nn, "SimpleNamespace": SimpleNamespace}
+    exec(code, names)
+    with redirect_stdout(io.StringIO()) as said:
+        run_cells(*checks[name], **names)
+    return said.getvalue()
+
+
+SOFT = "F.softmax(teacher_logits.detach() / T, dim=1)"
+HARD = "F.one_hot(teacher_logits.argmax(1), num_classes=5).float()"
+CE = "F.cross_entropy(student_logits, targets)"
+KL = 'F.kl_div(q, p, reduction="batchmean")'
+WEIGHTS = "alpha * T**2 * kl + (1 - alpha)"
+MEAN = "soft[targets == label].mean(0)"
+COLD = "(teacher_logits / T).softmax(dim=1)"
+TASKS = [  # task, what is wrong in the solution, what the check says
+    ("my_loss", "", "", "Right."),
+    ("my_loss", "alpha * T**2 * kl", "alpha * kl", "T² is missing"),
+    ("my_loss", '"batchmean"', '"mean"', "divides by the classes"),
+    ("my_loss", '"batchmean"', '"sum"', "use batchmean"),
+    ("my_loss", ".detach()", "", "gradient flows into the teacher"),
+    ("my_loss", SOFT, HARD, "is hard"),
+    ("my_loss", "student_logits / T", "student_logits", "not divided by T"),
+    ("my_loss", WEIGHTS, "(1 - alpha) * T**2 * kl + alpha", "of the other term"),
+    (
+        "my_loss",
+        WEIGHTS,
+        "alpha * T**2 * kl + T**2 * (1 - alpha)",
+        "distillation term alone",
+    ),
+    ("my_loss", CE, CE.replace(",", " / T,"), "has no temperature"),
+    ("my_loss", CE, CE.replace(")", ", reduction='none')"), "one number"),
+    ("my_loss", KL, KL.replace("q, p", "p.log(), q.exp()"), "sides of KL"),
+    ("my_loss", KL, "-(p * q).sum(1).mean()", "not KL"),
+    ("my_loss", "return alpha", "return 2 * alpha", "is right"),
+    ("my_step", "", "", "Right."),
+    ("my_step", "student.optimizer.zero_grad()", "pass", "zero_grad"),
+    ("my_step", "loss.backward()", "pass", "weights do not change"),
+    ("my_step", "student.optimizer.step()", "pass", "weights do not change"),
+    ("my_step", "student.schedule.step()", "pass", "learning rate stays"),
+    ("my_step", "loss.backward()", "(2 * loss).backward()", "0.5 is right"),
+    ("my_class_means", "", "", "Right."),
+    ("my_class_means", " / T", "", "T is missing"),
+    ("my_class_means", ".mean(0)", ".sum(0)", "divide by the images"),
+    ("my_class_means", "classes])", "classes]).T", "exchanged"),
+    ("my_class_means", "soft[targets == label]", "soft", "of the class only"),
+    ("my_class_means", COLD, HARD.replace("5", "3"), "hard"),
+    ("my_class_means", COLD, "teacher_logits", "should be"),
+    (
+        "my_class_means",
+        MEAN,
+        "(teacher_logits[targets == label].mean(0) / T).softmax(0)",
+        "first soften",
+    ),
+    (
+        "my_class_means",
+        f"torch.stack([{MEAN} for label in classes])",
+        "soft",
+        r"[3, 3]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("task", "old", "new", "expected"), TASKS)
+def test_checks_say_what_is_wrong(task, old, new, expected):
+    code = solution(task)
+    assert old in code
+    assert expected in told(task, code.replace(old, new))
+
+
+def test_nothing_need_be_written():
+    for task in ("my_loss", "my_step", "my_class_means"):
+        assert told(task, find_cell(f"def {task}")) == "Not written yet.\n"
 
 
 # ── All of it: the run that began with the first test ──────────────────────
