@@ -493,7 +493,11 @@ def report(settings, monkeypatch):
         titles = [source.split("\n")[0] for source in code_cells()]
         first = titles.index("# @title Read the results")
         last = titles.index("# @title Your own photograph")
-        before = ["COLOURS =", "# @title How numbers", "# @title Multiply-adds of"]
+        before = [
+            "# @title Colours",
+            "# @title How numbers",
+            "# @title Multiply-adds of",
+        ]
         before += ["# @title Tables of shares", "# @title The photograph to look at"]
         titles = before + titles[first:last]
         given = run_cells(**given)
