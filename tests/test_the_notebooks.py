@@ -769,7 +769,7 @@ def interval_of(arm):
 )
 def test_to_beat_a_cheaper_one_is_no_verdict(share, lead, expected):
     cells = "# @title What a verdict means", "# @title At equal cost"
-    given = {"BOTH": [], "Markdown": str, "table": str}
+    given = {"BOTH": [], "Markdown": str}
     verdict_at = run_cells(*cells, **given)["verdict_at"]
     assert verdict_at(share, np.full((2, 9), lead)) == expected
 
@@ -830,8 +830,10 @@ def told(name, code):
     """What the check of a task prints for this code."""
     first = "# @title What may be wrong with a loss"
     checks = {"my_loss": [first, "# @title Check the loss"]}
-    checks["my_step"] = ["# @title Check the step"]
-    checks["my_class_means"] = ["# @title Check the class means"]
+    first = "# @title Two steps of a student of one weight"
+    checks["my_step"] = [first, "# @title Check the step"]
+    first = "# @title What may be wrong with class means"
+    checks["my_class_means"] = [first, "# @title Check the class means"]
     names = {"F": F, "torch": torch, "nn": nn, "SimpleNamespace": SimpleNamespace}
     exec(code, names)
     with redirect_stdout(io.StringIO()) as said:
