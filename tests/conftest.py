@@ -182,9 +182,9 @@ def answer(right, wrong=1, split=VAL):
     return SURE[:, None] * torch.eye(3)[chosen]
 
 
-# Wrong answers of the second seed are not the teacher's
+# Wrong answers of the second seed are not the teacher's; some of *alone* are
 ANSWERS = {
-    (arm, seed): answer(right, wrong=1 + seed)
+    (arm, seed): answer(right, 1 + seed * (PLACE % 2 if arm == "alone" else 1))
     for arm, seeds in RIGHT.items()
     for seed, right in enumerate(seeds)
 }

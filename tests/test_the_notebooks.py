@@ -76,6 +76,29 @@ def test_committed_notebook_is_clean_run_once_and_quoted_by_the_readme(name):
     assert len(rows) == 2 and all(row in studies[name == NETTE] for row in rows)
 
 
+def test_first_screen_shows_the_published_run_or_the_latest(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    cell, readme = (
+        "# @title The result of the latest run",
+        (ROOT / "README.md").read_text(),
+    )
+    result = run_cells(cell)["result"]
+    for name, (mean, low, high) in result["gains"].items():
+        [row] = re.findall(rf"\| Imagewoof \| {name} .*", readme)
+        assert f"| {mean:+.1f} [{low:+.1f}, {high:+.1f}] |" in row
+    kept = {"source": "mine", "says": "so", "gains": {"x": [math.nan] * 3}}
+    kept |= {"photo": [[[0, 0, 0]]], "label": "a", "soft": {"a": 1.0}}
+    for number, name in enumerate(["imagewoof2-160-demo", "imagewoof2-160-full"]):
+        path = tmp_path / name / "result.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({**kept, "label": name}))
+        os.utime(path, (number, number))
+    figures = show_nothing(monkeypatch)
+    run_cells(cell, "# @title What comes out", plt=plt)
+    assert figures[0].axes[0].get_title() == "label: imagewoof2-160-full"
+
+
 # ── Without one of the experiments ────────────────────────────────────────
 @pytest.mark.parametrize("left_out", ["Experiment 1", "Experiment 2"])
 def test_either_experiment_may_be_left_out(left_out, tmp_path, monkeypatch, capsys):
@@ -326,7 +349,11 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
     assert found == pytest.approx(hard[1])
     nothing = SimpleNamespace(Stage=Mock(), DEVICE=kd.DEVICE)
     given = {"kd": nothing, "train": Mock(), "SETTINGS": settings, "splits": ()}
-    smoothed = run_cells("def smoothed_loss", label_loss=len, **given)["smoothed_loss"]
+    names = run_cells("def smoothed_loss", label_loss=len, **given)
+    smoothed = names["smoothed_loss"]
+    arms = {"alone": len, "smoothed": smoothed}
+    again = {"alone again": len} if kd.DEVICE.type == "cuda" else {}
+    assert names["LOSSES_1"] == {**arms, **again}
     expected = 0.9 * hard[1] + 0.1 * sum(hard) / 3
     assert smoothed(logits, None, label, recipe).item() == pytest.approx(expected)
 
@@ -700,7 +727,8 @@ def test_rank_correlation_shares_ranks_and_has_the_bootstraps_interval():
     with kd.seeded(0):
         model = torch.randn(300, 3)
         for arm, chance in chosen.items():
-            draws = [torch.randn(300, 3) + chance.log() + model for _ in range(2)]
+            base = torch.randn(300, 3) + chance.log() + model
+            draws = [base + 0.3 * torch.randn(300, 3) for _ in range(2)]
             states["x", arm] = {s: {"logits": each} for s, each in enumerate(draws)}
     given = {"num_classes": 3, "truth": truth, "model_logits": model, "TAUGHT": []}
     given |= {"results": SimpleNamespace(students=states), "Markdown": str}
