@@ -403,9 +403,8 @@ class Stage:
 
     def batches(self, epoch: int):
         batches = augmented_batches(self.train_split, self.settings, epoch)
-        return progress_bar(
-            batches, f"{self.name}, epoch {epoch + 1}", self.epoch_steps
-        )
+        told = f"{self.name[:30]}, epoch {epoch + 1}"
+        return progress_bar(batches, told, self.epoch_steps)
 
     def log_line(self) -> str:
         levels = {}

@@ -345,6 +345,17 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
         found = names["no_label_loss"](logits, 2 * logits, label, recipe).item()
         kl = (p * (p / q).log()).sum().item()
         assert found == pytest.approx(T**2 * kl, rel=1e-4)
+    given = {"kd": SimpleNamespace(Stage=Mock()), "train": Mock(), "SETTINGS": settings}
+    arms = {
+        "class mean": names["class_mean_loss"],
+        "distilled": names["distilled_loss"],
+    }
+    given |= {
+        "distilled_loss": arms["distilled"],
+        "class_mean_loss": arms["class mean"],
+    }
+    given |= {"splits": (), "teacher": None}
+    assert run_cells("LOSSES_2 =", **given)["LOSSES_2"] == arms
     found = names["label_loss"](logits, None, label, recipe).item()
     assert found == pytest.approx(hard[1])
     nothing = SimpleNamespace(Stage=Mock(), DEVICE=kd.DEVICE)
@@ -468,7 +479,9 @@ def level(arm):
 
 
 def write(values, digits=3, sign=""):
-    mean, low, high = (f"{value:{sign}.{digits}f}" for value in kd.interval(values))
+    least = -math.inf if sign else 0
+    found = [max(least, value) for value in kd.interval(values)]
+    mean, low, high = (f"{value:{sign}.{digits}f}" for value in found)
     return f"{mean} [{low}, {high}]"
 
 
@@ -568,9 +581,7 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
     row += [gain("distilled", "smoothed"), gain("distilled", "class mean")]
     assert f"| tiny | {' | '.join(row)} |" in starting(texts, "The controls")
     words = starting(texts, "The same in words").splitlines()
-    assert words[0].endswith(
-        "does not help clearly, so beating it would explain nothing."
-    )
+    assert words[0].endswith("to beat it says no more than to beat *alone*.")
     assert words[1].endswith(
         "helps, too; the run cannot tell whether *distilled* is ahead of it."
     )
@@ -778,7 +789,7 @@ def test_advice_follows_the_numbers(settings, report):
     assert kept["label"] == max(kept["soft"], key=kept["soft"].get)
     assert sorted(kept["soft"].values()) == pytest.approx(sorted(soft.values()))
     assert np.shape(kept["photo"]) == (32, 32, 3)
-    [axis] = starting(figures, "Gains on every dataset")[0].axes
+    [axis] = starting(figures, "Gains on both")[0].axes
     labels = [text.get_text() for text in axis.get_yticklabels()]
     assert labels == [f"runs, tiny, {arm}" for arm in ("distilled", "class mean")]
     bars = [line.get_xdata() for line in axis.lines[:4]]
@@ -857,7 +868,8 @@ def solution(name):
 def told(name, code):
     """What the check of a task prints for this code."""
     first = "# @title What may be wrong with a loss"
-    checks = {"my_loss": [first, "# @title Check the loss"]}
+    second = "# @title What a value tells"
+    checks = {"my_loss": [first, second, "# @title Check the loss"]}
     first = "# @title Two steps of a student of one weight"
     checks["my_step"] = [first, "# @title Check the step"]
     first = "# @title What may be wrong with class means"
@@ -879,29 +891,45 @@ COLD = "(teacher_logits / T).softmax(dim=1)"
 TASKS = [  # task, what is wrong in the solution, what the check says
     ("my_loss", "", "", "Right."),
     ("my_loss", "alpha * T**2 * kl", "alpha * kl", "T² is missing"),
-    ("my_loss", '"batchmean"', '"mean"', "divides by the classes"),
-    ("my_loss", '"batchmean"', '"sum"', "use batchmean"),
+    ("my_loss", "T**2", "T", "T stands in place of T²"),
+    ("my_loss", '"batchmean"', '"mean"', "not by the classes"),
+    ("my_loss", '"batchmean"', '"sum"', "by the number of images"),
     ("my_loss", ".detach()", "", "gradient flows into the teacher"),
-    ("my_loss", SOFT, HARD, "is hard"),
-    ("my_loss", "student_logits / T", "student_logits", "not divided by T"),
+    ("my_loss", "student_logits / T", "student_logits.detach() / T", "does not reach"),
+    ("my_loss", SOFT, HARD, "arg-max only"),
+    ("my_loss", "student_logits / T", "student_logits", "student's logits are not"),
+    ("my_loss", "detach() / T", "detach()", "teacher's logits are not"),
+    ("my_loss", "F.log_softmax", "F.softmax", "wants the student's log-prob"),
+    ("my_loss", "F.softmax", "F.log_softmax", "nan: kl_div wants log-prob"),
     ("my_loss", WEIGHTS, "(1 - alpha) * T**2 * kl + alpha", "of the other term"),
-    (
-        "my_loss",
-        WEIGHTS,
-        "alpha * T**2 * kl + T**2 * (1 - alpha)",
-        "distillation term alone",
-    ),
+    ("my_loss", WEIGHTS, "alpha * T**2 * kl + T**2 * (1 - alpha)", "term alone"),
+    ("my_loss", f"{WEIGHTS} *", "T**2 * kl +", "alpha is missing"),
+    ("my_loss", f" + (1 - alpha) * {CE}", "", "label term is missing"),
     ("my_loss", CE, CE.replace(",", " / T,"), "has no temperature"),
     ("my_loss", CE, CE.replace(")", ", reduction='none')"), "one number"),
     ("my_loss", KL, KL.replace("q, p", "p.log(), q.exp()"), "sides of KL"),
     ("my_loss", KL, "-(p * q).sum(1).mean()", "not KL"),
     ("my_loss", "return alpha", "return 2 * alpha", "is right"),
+    ("my_loss", "kl = ", "kl = nothing + ", "stops: name 'nothing'"),
     ("my_step", "", "", "Right."),
     ("my_step", "student.optimizer.zero_grad()", "pass", "zero_grad"),
-    ("my_step", "loss.backward()", "pass", "weights do not change"),
-    ("my_step", "student.optimizer.step()", "pass", "weights do not change"),
+    ("my_step", "loss.backward()", "pass", "First backward"),
+    ("my_step", "student.optimizer.step()", "pass", "weight does not change"),
     ("my_step", "student.schedule.step()", "pass", "learning rate stays"),
-    ("my_step", "loss.backward()", "(2 * loss).backward()", "0.5 is right"),
+    (
+        "my_step",
+        "schedule.step()",
+        "schedule.step(); student.schedule.step()",
+        "one step for",
+    ),
+    (
+        "my_step",
+        "loss.backward()",
+        "loss.backward(); student.schedule.step()",
+        "before the sch",
+    ),
+    ("my_step", "loss.backward()", "(3 * loss).backward()", "0.5 is right"),
+    ("my_step", "loss.backward()", "loss.backwards()", "Your function stops"),
     ("my_class_means", "", "", "Right."),
     ("my_class_means", " / T", "", "T is missing"),
     ("my_class_means", ".mean(0)", ".sum(0)", "divide by the images"),
@@ -915,12 +943,8 @@ TASKS = [  # task, what is wrong in the solution, what the check says
         "(teacher_logits[targets == label].mean(0) / T).softmax(0)",
         "first soften",
     ),
-    (
-        "my_class_means",
-        f"torch.stack([{MEAN} for label in classes])",
-        "soft",
-        r"[3, 3]",
-    ),
+    ("my_class_means", f"torch.stack([{MEAN} for label in classes])", "soft", "[3, 3]"),
+    ("my_class_means", "targets == label", "target == label", "Your function stops"),
 ]
 
 
