@@ -89,7 +89,7 @@ def test_first_screen_shows_the_published_run_or_the_latest(tmp_path, monkeypatc
         assert f"| {mean:+.1f} [{low:+.1f}, {high:+.1f}] |" in row
     kept = {"source": "mine", "says": "so", "gains": {"x": [math.nan] * 3}}
     kept |= {"photo": [[[0, 0, 0]]], "label": "a", "soft": {"a": 1.0}}
-    for number, name in enumerate(["imagewoof2-160-demo", "imagewoof2-160-full"]):
+    for number, name in enumerate(["imagewoof2-160-full", "imagewoof2-160-demo"]):
         path = tmp_path / name / "result.json"
         path.parent.mkdir()
         path.write_text(json.dumps({**kept, "label": name}))
@@ -422,6 +422,7 @@ def test_estimate_of_minutes_counts_every_pass(settings):
     expected["four times as long"] = 8 * arm + 4 * reading
     expected["few labels"] = 2 * arm + reading + tuning
     expected["temperatures"] = 2 * arm / 3 + reading + tuning
+    expected["all"] = sum(expected.values())
     assert found == {part: f"{minutes:.0f}" for part, minutes in expected.items()}
 
 
@@ -434,7 +435,9 @@ def test_printed_quality_is_of_the_last_epoch(capsys):
         history = {"val_accuracy": values}
         students.append(SimpleNamespace(key=("a", "b", 0), history=history))
     run_cells("def tell_quality", untaught=SimpleNamespace(students=students))
-    assert "a, b: 55.0 % of val right, from 50.0 to 60.0 (2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "a, b: 55.0 % of val right, from 50.0 to 60.0 (2 seeds); the best" in told
+    assert "would say 90.0" in told
 
 
 # ── The report, against an independent calculation ────────────────────────
@@ -528,6 +531,7 @@ def report(settings, monkeypatch):
         given |= {"product": product, "combinations": combinations, "plt": plt}
         given |= {"FlopCounterMode": FlopCounterMode, "partial": partial, "re": re}
         given |= {"DATASET": "own-160", "profile": "demo", "json": json}
+        given["asdict"] = asdict
         given["teacher_val_logits"] = ANSWERS["teacher", 0]
         given["Markdown"] = shown.append
         titles = [source.split("\n")[0] for source in code_cells()]
@@ -581,7 +585,7 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
     row += [gain("distilled", "smoothed"), gain("distilled", "class mean")]
     assert f"| tiny | {' | '.join(row)} |" in starting(texts, "The controls")
     words = starting(texts, "The same in words").splitlines()
-    assert words[0].endswith("to beat it says no more than to beat *alone*.")
+    assert words[0].endswith("does not help clearly, so it does not explain the gain.")
     assert words[1].endswith(
         "helps, too; the run cannot tell whether *distilled* is ahead of it."
     )
@@ -758,7 +762,7 @@ def test_rank_correlation_shares_ranks_and_has_the_bootstraps_interval():
 
 def test_advice_follows_the_numbers(settings, report):
     make_study(settings)
-    texts, figures = report()
+    texts, _ = report()
     advice = starting(texts, "Advice")
     words = {1: "yes", -1: "no", 0: "cannot tell"}
 
@@ -779,19 +783,26 @@ def test_advice_follows_the_numbers(settings, report):
     assert f"NLL: {word_of(pair[1] - pair[0])}." in advice
     assert advice.startswith("> **Distil into tiny?**")
 
-    kept = json.loads((settings.runs_dir / "result.json").read_text())
+    path = settings.runs_dir / "result.json"
+    kept = json.loads(path.read_text())
     assert kept["gains"]["tiny"] == pytest.approx(interval_of("distilled"))
     assert kept["class mean"]["tiny"] == pytest.approx(interval_of("class mean"))
     assert kept["says"].startswith("**Distillation into tiny: helps.**")
     soft = dict(
         zip(VAL.classes, ANSWERS["teacher", 0].softmax(1).tolist()[0], strict=True)
     )
+    assert kept["recipes"]["tiny"] == asdict(settings.recipe)
     assert kept["label"] == max(kept["soft"], key=kept["soft"].get)
     assert sorted(kept["soft"].values()) == pytest.approx(sorted(soft.values()))
     assert np.shape(kept["photo"]) == (32, 32, 3)
-    [axis] = starting(figures, "Gains on both")[0].axes
+    for name, recipes in (("a", kept["recipes"]), ("z", {"tiny": "another"})):
+        other = path.parent.with_name(f"{name}-demo")
+        other.mkdir()
+        (other / "result.json").write_text(json.dumps({**kept, "recipes": recipes}))
+    [axis] = starting(report()[1], "Gains on both")[0].axes
     labels = [text.get_text() for text in axis.get_yticklabels()]
-    assert labels == [f"runs, tiny, {arm}" for arm in ("distilled", "class mean")]
+    arms = "distilled", "class mean"
+    assert labels == [f"{name}, tiny, {arm}" for name in ("a", "runs") for arm in arms]
     bars = [line.get_xdata() for line in axis.lines[:4]]
     for bar, dot, arm in ((*bars[:2], "distilled"), (*bars[2:], "class mean")):
         mean, low, high = interval_of(arm)
@@ -836,7 +847,7 @@ def test_a_value_that_rounds_to_0_shows_its_deciding_digit():
     gains = np.full((2, 4000), 0.0)
     gains[:, 0] = 1
     assert names["points"](gains).startswith("+0.03 [-0.02, +0.07")
-    assert names["points"](np.zeros((2, 9))) == "+0.0 [+0.0, +0.0]"
+    assert names["points"](np.zeros((2, 9))) == "0, no answer differs"
     assert names["with_interval"](np.array([[1.0, 3.0]])) == "2.000"
     assert names["table"](["a"], [["x|y"]]).splitlines()[2] == r"| x\|y |"
 
