@@ -735,15 +735,14 @@ def test_report_says_whether_the_teacher_was_followed(settings, report):
     assert texts == [f"{value:.0f}" for value in share.flatten()]
 
 
-def test_rank_correlation_shares_ranks_and_has_the_bootstraps_interval():
-    chosen = {"alone": torch.tensor([0.2, 0.5, 0.3]), "distilled": torch.ones(3) / 3}
-    truth = torch.arange(300) % 3
-    states = {}
+@pytest.mark.parametrize("alike", [True, False])  # the luck of images, or of seeds
+def test_rank_correlation_shares_ranks_and_has_the_bootstraps_interval(alike):
+    truth, states = torch.arange(300) % 3, {}
     with kd.seeded(0):
-        model = torch.randn(300, 3)
-        for arm, chance in chosen.items():
-            base = torch.randn(300, 3) + chance.log() + model
-            draws = [base + 0.3 * torch.randn(300, 3) for _ in range(2)]
+        model = torch.randn(300, 3) + torch.randn(3, 3)[truth]
+        for arm in ("alone", "distilled"):
+            draws = 2 * [torch.randn(300, 3) + (model if arm == "distilled" else 0)]
+            draws[1] = draws[1] if alike else torch.randn(300, 3)
             states["x", arm] = {s: {"logits": each} for s, each in enumerate(draws)}
     given = {"num_classes": 3, "truth": truth, "model_logits": model, "TAUGHT": []}
     given |= {"results": SimpleNamespace(students=states), "Markdown": str}
