@@ -166,6 +166,7 @@ RIGHT = {  # whose answers are right, by arm, for seed 0 and seed 1: all differe
     "smoothed": (PLACE % 3 == 1, PLACE % 4 < 2),
     "class mean": (PLACE % 4 > 0, PLACE > 5),  # clearly ahead of alone
     "distilled": (PLACE > 6, PLACE % 5 > 0),
+    "alone for 3 epochs": (PLACE % 5 > 2, PLACE % 6 > 3),
     "alone ×2": (PLACE % 2 == 0, PLACE % 7 > 2),
     "distilled ×2": (PLACE % 6 > 0, PLACE > 4),
     "alone, few labels": (PLACE % 5 == 0, PLACE % 6 == 1),
@@ -214,6 +215,8 @@ def make_study(settings, shift=0.0):
     two = fill("Experiment 2", ("class mean", "distilled"), teacher=teacher)
     longer = {"settings": replace(settings, epochs=2 * settings.epochs)}
     fill("2 times as long", ("alone ×2", "distilled ×2"), teacher=teacher, **longer)
+    three = {"settings": replace(settings, epochs=3 * settings.epochs // 2)}
+    fill("alone for 3 epochs", ["alone for 3 epochs"], **three)
     few = ("alone, few labels", "distilled, few labels")
     fill("few labels", few, teacher=teacher)
     apart = replace(settings, runs_dir=settings.runs_dir / "held out", seeds=(100,))
