@@ -413,6 +413,7 @@ def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypa
     monkeypatch.setattr(kd, "STUDENTS", {"a": tiny, "b": tiny})
     settings = replace(settings, epochs=20, teacher_epochs=2)
     counts = {"a": 240.0, "b": 7.0, "teacher": 1330.0}
+    names = run_cells("# @title Multiply-adds of", SETTINGS=settings, partial=partial)
     given = {"SETTINGS": settings, "BUILDS": dict(zip(counts, counts, strict=True))}
     given |= {
         "count_multiply_adds": lambda build, size: counts[build],
@@ -420,7 +421,8 @@ def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypa
     }
     given |= {"product": product, "replace": replace, "splits": ((), VAL)}
     given |= {"train": lambda stage: None, "label_loss": len}
-    run_cells("def affordable_epochs", **given)
+    given["affordable_epochs"] = names["affordable_epochs"]
+    run_cells("adds = {n:", **given)
     # 26 readings of 1330 for 3 · 240 an epoch: 48 epochs more, or 9.6; of b too many
     made = [
         (stage.networks, stage.losses, stage.settings.epochs) for stage in Given.made
@@ -428,7 +430,7 @@ def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypa
     expected = [({"a": tiny}, {f"alone for {n} epochs": len}, n) for n in (68, 29)]
     assert made == expected and Given.made[0].teacher is None
     given["lengths"] = "1"
-    run_cells("def affordable_epochs", **given)
+    run_cells("adds = {n:", **given)
     assert len(Given.made) == 2
 
 
@@ -438,6 +440,7 @@ def test_estimate_of_minutes_counts_every_pass(settings):
     given["BUILDS"] = {"Custom CNN": 2, "LeNet-5": 1, "teacher": 10}
     small = {"image_size": 96, "seeds": (0, 1, 2), "epochs": 16, "teacher_epochs": 1}
     given["PROFILES"] = {"small": {**small, "trial_epochs": 16}}
+    given |= {"product": product, "affordable_epochs": lambda *_: 20}
     found = run_cells("# @title An estimate", **given)["estimate"]("small", 1e9)
     adds = 9025 * 96e6 / 1e9 / 60  # minutes for one pass of a network of one
     arm, reading, tuning = 3 * 16 * 3 * 3 * adds, 16 * 10 * adds, 3 * 10 * adds
@@ -445,6 +448,7 @@ def test_estimate_of_minutes_counts_every_pass(settings):
     expected["the choices"] = 13 * 0.9 * arm + reading
     expected["twice as long"] = 4 * arm + 2 * reading
     expected["four times as long"] = 8 * arm + 4 * reading
+    expected["at equal cost"] = 2 * 20 * 3 * 3 * 3 * adds  # 20 epochs
     expected["few labels"] = 2 * arm + reading + tuning
     expected["temperatures"] = 2 * arm / 3 + reading + tuning
     expected["all"] = sum(expected.values())
