@@ -413,7 +413,9 @@ def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypa
     monkeypatch.setattr(kd, "STUDENTS", {"a": tiny, "b": tiny})
     settings = replace(settings, epochs=20, teacher_epochs=2)
     counts = {"a": 240.0, "b": 7.0, "teacher": 1330.0}
-    names = run_cells("# @title Multiply-adds of", SETTINGS=settings, partial=partial)
+    given = {"partial": partial, "num_classes": 3, "FlopCounterMode": FlopCounterMode}
+    names = run_cells("# @title Multiply-adds of", SETTINGS=settings, **given)
+    assert names["count_multiply_adds"](tiny, 32) == 7 * 7 * 8 * 75 + 8 * 3
     given = {"SETTINGS": settings, "BUILDS": dict(zip(counts, counts, strict=True))}
     given |= {
         "count_multiply_adds": lambda build, size: counts[build],
