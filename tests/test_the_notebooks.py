@@ -48,6 +48,7 @@ from IPython.display import Markdown
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 import kd_utils as kd
 
@@ -1035,6 +1036,23 @@ def test_checks_say_what_is_wrong(task, old, new, expected):
 def test_nothing_need_be_written():
     for task in ("my_loss", "my_step", "my_class_means"):
         assert told(task, find_cell(f"def {task}")) == "Not written yet.\n"
+
+
+def test_the_network_that_leaves_is_the_distilled_one_with_its_temperature(settings):
+    with kd.seeded(0):
+        networks = {("tiny", "distilled"): tiny(3).eval(), ("tiny", "alone"): tiny(3)}
+    given = {
+        "SETTINGS": settings,
+        "BOTH": ["tiny"],
+        "FITTED": {("tiny", "distilled"): 2.0},
+    }
+    given |= {"finished": lambda *key: networks[key], "val_split": VAL, "json": json}
+    settings.runs_dir.mkdir(parents=True)
+    path = run_cells("take_away =", nn=nn, v2=v2, **given)["take_away"]
+    images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
+    logits = networks["tiny", "distilled"](kd.normalise(images))
+    found = torch.export.load(path).module()(images).numpy()
+    assert np.allclose(found, (logits / 2).softmax(1).detach(), atol=1e-5)
 
 
 # ── All of it: the run that began with the first test ──────────────────────
