@@ -444,7 +444,8 @@ def test_estimate_of_minutes_counts_every_pass(settings):
     small = {"image_size": 96, "seeds": (0, 1, 2), "epochs": 16, "teacher_epochs": 1}
     given["PROFILES"] = {"small": {**small, "trial_epochs": 16}}
     given |= {"product": product, "affordable_epochs": lambda *_: 20}
-    found = run_cells("# @title An estimate", **given)["estimate"]("small", 1e9)
+    cells = "# @title Speeds, and", "# @title The minutes of each part"
+    found = run_cells(*cells, **given)["estimate"]("small", 1e9)
     adds = 9025 * 96e6 / 1e9 / 60  # minutes for one pass of a network of one
     arm, reading, tuning = 3 * 16 * 3 * 3 * adds, 16 * 10 * adds, 3 * 10 * adds
     expected = {"Experiment 1": 2 * arm, "Experiment 2": 2 * arm + reading + tuning}
