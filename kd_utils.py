@@ -14,10 +14,10 @@ import tarfile
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from sys import stdout
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision import models
-from torchvision.datasets.folder import is_image_file
+from torchvision.datasets.folder import is_image_file, make_dataset
 from torchvision.datasets.utils import download_url
 from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
@@ -117,9 +117,6 @@ def build_classifier(num_classes: int, name="resnet50", weights=None) -> nn.Modu
     """A torchvision classifier with a new last layer, which has to be trained.
     `weights`: torchvision's name of them, the file of a state dict of this network, or
     None for random ones. ValueError if the network or its weights cannot be had."""
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ValueError(f"no network {name!r} in torchvision, only {', '.join(known)}")
     network = models.get_model(name, weights=None, num_classes=num_classes)
     if weights is not None:
         load_all_but_last_layer(network, name, str(weights))
@@ -148,7 +145,7 @@ def load_all_but_last_layer(network: nn.Module, name: str, weights: str) -> None
 
 
 # ── Device, precision, chance ─────────────────────────────────────────────
-VERSION = 3  # which the notebooks ask for
+VERSION = 4  # which the notebooks ask for
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.backends.cudnn.benchmark = True  # on a GPU: tries the algorithms, keeps the best
 
@@ -214,7 +211,7 @@ class Recipe:
 class Settings:
     """All numbers of a study: some for the notebooks only. ValueError for nonsense."""
 
-    dataset: str = "imagewoof2-160"  # or a folder with train/<class> and val/<class>
+    dataset: str = "imagewoof2-160"  # or a folder or zip of your own
     data_dir: Path = Path("data")
     runs_dir: Path = Path("runs")  # checkpoints and results
     keep_weights: bool = True  # False: finished students leave their answers only
@@ -348,12 +345,10 @@ class Stage:
         self.students = []
         self.seconds = []  # since the start, after each epoch
         classes = self.train_split.classes
-        for others in (
-            self.val_split.classes,
-            getattr(teacher, "class_names", classes),
-        ):
-            if tuple(others) != classes:
-                raise ValueError(f"classes differ: {classes} and {tuple(others)}")
+        for names in (self.val_split.classes, getattr(teacher, "class_names", classes)):
+            if tuple(names) != classes:
+                differ = sorted(set(names) ^ set(classes)) or f"in their order, {names}"
+                raise ValueError(f"{name}: train, val and teacher differ: {differ}")
         self.teacher = teacher
         if teacher is not None:
             teacher.to(DEVICE, torch.float32).eval().requires_grad_(False)
@@ -394,9 +389,10 @@ class Stage:
             yield epoch
             for student in self.students:
                 student.end_epoch(sample, self.val_split)
-            self.seconds.append(time.monotonic() - start)
+            spent = time.monotonic() - start
+            self.seconds.append(spent)
             if epoch in (0, (epochs - 1) // 2, epochs - 1):
-                print(self.log_line())
+                print(f"{self.name}: epoch {epoch + 1}, {spent / 60:.1f} minutes")
             if epoch + 1 == epochs or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save(self)
                 saved = time.monotonic()
@@ -405,15 +401,6 @@ class Stage:
         batches = augmented_batches(self.train_split, self.settings, epoch)
         told = f"{self.name[:30]}, epoch {epoch + 1}"
         return progress_bar(batches, told, self.epoch_steps)
-
-    def log_line(self) -> str:
-        levels = {}
-        for student in self.students:
-            name = f"{student.network_name} {student.arm}"
-            levels.setdefault(name, []).append(student.history["val_accuracy"][-1])
-        means = [f"{name} {100 * np.mean(levels[name]):.1f}" for name in levels]
-        epoch, minutes = len(self.seconds), self.seconds[-1] / 60
-        return f"{self.name}, epoch {epoch} | {minutes:.1f} min | {', '.join(means)}"
 
 
 # ── Batches: one augmented view per image and epoch ───────────────────────
@@ -457,7 +444,7 @@ def augmented_batches(split: "Split", settings: Settings, epoch: int):
     size = settings.batch_size
     batches = zip(order.split(size), views.split(size), strict=True)
     for chosen, view in islice(batches, max(1, len(split) // size)):
-        yield normalise(augment(split.images[chosen], view)), split.targets[chosen]
+        yield normalise(augment(split.images_at(chosen), view)), split.targets[chosen]
 
 
 # ── Data: from an archive to uint8 images on the device ───────────────────
@@ -466,24 +453,13 @@ DATASETS = {  # MD5 of the archive, images in train and val
     "imagewoof2-160": ("3d200a7be99704a0d7509be2a9fbfe15", (9025, 3929)),
     "imagenette2-160": ("e793b78cc4c9e9a4ccc0c1155377a412", (9469, 3925)),
 }
-CLASS_NAMES = """n02086240 Shih-Tzu, n02087394 Rhodesian ridgeback, n02088364 beagle,
-n02089973 English foxhound, n02093754 Border terrier, n02096294 Australian terrier,
-n02099601 golden retriever, n02105641 Old English sheepdog, n02111889 Samoyed,
-n02115641 dingo, n01440764 tench, n02102040 English springer, n03000684 chain saw,
-n02979186 cassette player, n03028079 church, n03394916 French horn,
-n03417042 garbage truck, n03425413 gas pump, n03445777 golf ball,
-n03888257 parachute"""  # ImageNet's folders are called by number
-CLASS_NAMES = dict(pair.split(maxsplit=1) for pair in CLASS_NAMES.split(","))
 
 
 def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Path:
-    """A dataset's folder, downloaded unless it is there, or your own folder. ValueError
-    (name, number of images), ConnectionError, tarfile.FilterError (hostile archive)."""
-    own = Path(name).expanduser()
+    """A dataset's folder, downloaded unless it is there. ValueError (name, number of
+    images), ConnectionError, tarfile.FilterError (hostile archive)."""
     if name not in DATASETS:
-        if (own / "train").is_dir() and (own / "val").is_dir():
-            return own
-        raise ValueError(f"{name!r}: no folder with train, val, nor {list(DATASETS)}")
+        raise ValueError(f"{name!r}: no dataset, only {', '.join(DATASETS)}")
     folder, (known_md5, expected) = Path(root, name).expanduser(), DATASETS[name]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -502,26 +478,36 @@ def download_dataset(name: str, root="data", base_url=BASE_URL, md5=None) -> Pat
     return folder
 
 
-@dataclass
+@dataclass(frozen=True)
 class Split:
-    """Decoded images with their labels, on one device."""
+    """N of the M photographs of a dataset, on one device. All splits share them."""
 
-    images: Tensor  # [N, 3, S, S] uint8
-    targets: Tensor  # [N] int64
+    pixels: Tensor  # [M, 3, S, S] uint8
+    paths: list[str]  # M files
     classes: tuple[str, ...]  # C names, in the order of the labels
-    never_seen: Tensor  # [N] bool, images of ImageNet's own validation set
+    places: Tensor  # [N] int64: which of the M
+    targets: Tensor  # [N] int64, the labels; -1: none
     whole: "Split | None" = None  # what this is a part of
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.places)
+
+    def images_at(self, chosen) -> Tensor:
+        """A copy of these of the N images."""
+        return self.pixels[self.places[chosen]]
+
+    def batches(self):
+        """Yields all images as they are, [B, 3, S, S] uint8."""
+        for places in self.places.split(256):
+            yield self.pixels[places]
 
     def subset(self, chosen: Tensor):
         """The images at these places (int64), or where this is true (bool [N])."""
-        parts = [column[chosen] for column in (self.images, self.targets)]
-        return Split(*parts, self.classes, self.never_seen[chosen], self.whole or self)
+        places, targets = self.places[chosen], self.targets[chosen]
+        return replace(self, places=places, targets=targets, whole=self.whole or self)
 
     def fingerprint(self) -> str:
-        return fingerprint([self.images, self.targets], " | ".join(self.classes))
+        return fingerprint(chain(self.batches(), [self.targets]), str(self.classes))
 
 
 def fingerprint(tensors, text: str = "") -> str:
@@ -552,30 +538,123 @@ def read_image(path: str | Path, size: int) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-def load_split(folder, split: str, size: int) -> Split:
-    """Decodes the images in `<folder>/<split>/<class>/`, on all cores. Raises
-    FileNotFoundError for an empty class, ValueError for an image or too few classes."""
-    folder = Path(folder, split)
-    names = sorted(path.name for path in folder.glob("[!.]*/"))  # /: folders only
-    if len(names) < 2:
-        raise ValueError(f"{folder} needs two or more class folders, has {names}")
-    files = sorted(folder.glob("[!.]*/[!.]*"))
-    paths = [path for path in files if is_image_file(path.name)]
-    empty = set(names) - {path.parent.name for path in paths}
-    if empty:
-        raise FileNotFoundError(f"{folder}: no image in {sorted(empty)}")
-    if len(paths) < len(files):
-        print(f"{folder}: {len(files) - len(paths)} files, no images, are left out")
-
+def decode(paths, size: int) -> tuple[Tensor, Tensor]:
+    """Images [M, 3, size, size] uint8, on all cores, and which could be read [M]."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    readable = torch.zeros(len(paths), dtype=torch.bool)
+
+    def read(place: int) -> None:
+        with suppress(ValueError):
+            images[place] = read_image(paths[place], size)
+            readable[place] = True
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(partial(read_image, size=size), paths)
-        for index, image in enumerate(progress_bar(decoded, split, len(paths))):
-            images[index] = image
-    classes = tuple(CLASS_NAMES.get(name, name) for name in names)
-    targets = torch.tensor([names.index(path.parent.name) for path in paths])
-    is_new = torch.tensor([path.name.startswith("ILSVRC2012_val_") for path in paths])
-    return Split(images.to(DEVICE), targets.to(DEVICE), classes, is_new.to(DEVICE))
+        done = pool.map(read, range(len(paths)))
+        list(progress_bar(done, "photographs", len(paths)))
+    return images.to(DEVICE), readable
+
+
+def class_folders(folder: Path) -> list[str]:
+    return sorted({p.name for p in folder.glob("[!.]*/")} - {"unlabelled", "__MACOSX"})
+
+
+def find_classes(folder: Path, sides) -> list[str]:
+    first, last = (class_folders(folder / side) for side in (sides[0], sides[-1]))
+    if differ := sorted(set(first) ^ set(last)):
+        raise ValueError(f"{folder}: train and val differ by the classes {differ}")
+    if len(first) < 2 or {"train", "val", "valid", "test"} & set(first):
+        raise ValueError(f"{folder}: need train and val, or class folders; has {first}")
+    return first
+
+
+def list_photographs(folder: Path, numbers: dict[str, int]) -> list[tuple[str, int]]:
+    """(path, number) of `<folder>/<name>/**`, as torchvision's ImageFolder does."""
+
+    def is_photograph(path: str) -> bool:  # and not hidden, such as a Mac's ._dog.jpg
+        return is_image_file(path) and f"{os.sep}." not in path[len(str(folder)) :]
+
+    return make_dataset(folder, numbers, None, is_photograph, allow_empty=True)
+
+
+def load_splits(folder, size: int, names=None) -> dict[str, Split]:
+    """Decodes `train`, `val` and, which may be empty, `unlabelled`. Without train and
+    val, a fifth of each class becomes val. What is hidden, is no image or cannot be
+    read is left out. `names`: {folder: name of the class}, where these differ.
+    ValueError: classes that are too few, that differ, or are empty."""
+    folder = Path(folder)
+    is_split = (folder / "train").is_dir() and (folder / "val").is_dir()
+    sides = ("train", "val") if is_split else (".",)
+    classes = find_classes(folder, sides)
+    numbers = {name: label for label, name in enumerate(classes)}
+    listed = {side: list_photographs(folder / side, numbers) for side in sides}
+    listed["unlabelled"] = list_photographs(folder, {"unlabelled": -1})
+
+    paths = [path for side in listed.values() for path, _ in side]
+    images, readable = decode(paths, size)
+    if not readable.any():
+        raise ValueError(f"{folder}: no photograph that can be read, in {classes}")
+    classes = tuple((names or {}).get(name, name) for name in classes)
+    splits, first = {}, 0
+    for side, photographs in listed.items():
+        places = torch.arange(first, first := first + len(photographs))
+        labels = torch.tensor([label for _, label in photographs], dtype=torch.int64)
+        good = [column[readable[places]].to(DEVICE) for column in (places, labels)]
+        splits[side] = Split(images, paths, classes, *good)
+    if not is_split:
+        splits["train"], splits["val"] = split_off(splits.pop("."))
+
+    for side in ("train", "val"):
+        counts = splits[side].targets.bincount(minlength=len(classes))
+        if not counts.all():
+            empty = [classes[label] for label in (counts == 0).nonzero()]
+            raise ValueError(f"{folder}: no photograph for {side} of {empty}")
+    return splits
+
+
+def find_copies(split: Split) -> Tensor:
+    """Pairs [K, 2] of places in a split: photographs that are nearly the same, or
+    mirrored. Of Imagewoof's, copies are alike by 0.97 or more; others, and all of
+    Imagenette, by 0.94 or less."""
+    small = [F.adaptive_avg_pool2d(batch.float(), 16) for batch in split.batches()]
+    looks, found = torch.cat([look(images) for images in small]), []
+    for start, images in zip(range(0, len(looks), 256), small, strict=True):
+        both = look(images), look(images.flip(3))
+        alike = torch.maximum(*(rows @ looks[start:].T for rows in both))
+        pairs = (alike > 0.95).nonzero().cpu()
+        found.append(start + pairs[pairs[:, 0] < pairs[:, 1]])
+    return torch.cat(found)
+
+
+def look(small: Tensor) -> Tensor:
+    """[B, 3, 16, 16] ─► [B, 388], of length 1. Half of it is the outlines, half what is
+    finer: skies and white grounds have only their outlines in common."""
+    outlines = F.avg_pool2d(small, 2)
+    details = small - F.interpolate(outlines, scale_factor=2, mode="bilinear")
+    details = details.mean(1)[:, 1:-1, 1:-1]  # interpolation is rough at the edges
+    parts = [part.flatten(1) for part in (outlines, details)]
+    # eps: in a plain ground, there is but noise
+    parts = [F.normalize(x - x.mean(1, keepdim=True), eps=1.0) for x in parts]
+    return torch.cat(parts, 1) / math.sqrt(2)
+
+
+def split_off(split: Split) -> list[Split]:
+    """train, and as val a fifth of each class, by chance. Copies stay together."""
+    labels, group = split.targets.cpu(), torch.arange(len(split))
+    for first, second in find_copies(split).tolist():
+        group[group == group[second]] = group[first].item()
+    with seeded(0):
+        order = torch.randperm(len(split))
+
+    is_val = torch.zeros(len(split), dtype=torch.bool)
+    for label in labels.unique():
+        room = max(1, round((labels == label).sum().item() / 5))
+        for place in order[labels[order] == label]:
+            members = group == group[place]
+            if not is_val[place] and members.sum() <= room:
+                is_val |= members
+                room -= members.sum().item()
+    parts = [split.subset(side.to(DEVICE)) for side in (~is_val, is_val)]
+    return [replace(part, whole=None) for part in parts]
 
 
 # ── Records and files: what shapes a result, and what is kept ─────────────
@@ -585,7 +664,7 @@ def describe_stage(stage: Stage, networks) -> dict:
     settings, train, teacher = stage.settings, stage.train_split, stage.teacher
     names = ("batch_size", "min_crop", "stream_seed", "weight_decay")
     study = {name: getattr(settings, name) for name in names}
-    study["image_size"] = train.images.shape[-1]
+    study["image_size"] = train.pixels.shape[-1]
     study["precision"] = str(choose_precision()).removeprefix("torch.")
     study["images of train"] = (train.whole or train).fingerprint()
     study["images of val"] = stage.val_split.fingerprint()
@@ -605,7 +684,7 @@ def describe_stage(stage: Stage, networks) -> dict:
 def describe_network(name: str, network: nn.Module, train: Split) -> dict:
     """What a network does with four images, on the CPU whatever the device: answers in
     both modes, sizes of gradients. ValueError if they are no logits [B, C]."""
-    images = normalise((train.whole or train).images[:4].cpu())
+    images = normalise((train.whole or train).images_at(slice(4)).cpu())
     probe, need = copy.deepcopy(network).cpu(), (len(images), len(train.classes))
     with seeded(0):
         for weight in probe.parameters():  # a last layer of zeros would hide all else
@@ -686,7 +765,7 @@ def restore(stage: Stage) -> None:
         for student in stage.students:
             student.load_state_dict(saved["students"][student.key])
         stage.seconds = saved["seconds"]
-        print(f"From {stage.path}: {stage.log_line()}")
+        print(f"{stage.path}: {len(stage.seconds)} epochs are loaded")
     elif any(student.steps or student.in_epoch for student in stage.students):
         raise RuntimeError(f"{stage.name} was left unsaved: make it anew")
     elif stage.path.exists():
@@ -712,86 +791,10 @@ def predict(network: nn.Module, split: Split) -> Tensor:
     """Logits [N, C] float32 of the images as they are, in evaluation mode."""
     network.eval()
     with mixed_precision():
-        batches = [network(normalise(batch)) for batch in split.images.split(256)]
+        batches = [network(normalise(batch)) for batch in split.batches()]
     return torch.cat(batches).float()
 
 
 def correct(logits: Tensor, targets: Tensor) -> Tensor:
     """[N, C] and [N] ─► [N] float32: 1 for a right answer, 0 for a wrong one."""
     return (logits.argmax(1) == targets).float()
-
-
-# 97.5 % quantiles of Student's t, by degrees of freedom
-FREEDOM = (*range(1, 11), *range(20, 101, 10))
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-QUANTILES += (2.086, 2.042, 2.021, 2.009, 2.000, 1.994, 1.990, 1.987, 1.984)
-
-
-def interval(gains) -> tuple[float, float, float]:
-    """(mean, low, high) of paired gains [seeds, images]. The 95 % interval covers both
-    kinds of luck (degrees of freedom: Welch–Satterthwaite); nan for fewer than two."""
-    gains = np.atleast_2d(np.asarray(gains, dtype=float))
-    seeds, images = gains.shape
-    mean = float(gains.mean()) if gains.size else math.nan
-    if min(seeds, images) < 2 or math.isnan(mean):
-        return mean, math.nan, math.nan
-    by_seed = gains.mean(1).var(ddof=1) / seeds  # squared standard errors
-    by_image = gains.mean(0).var(ddof=1) / images
-    spread = by_seed**2 / (seeds - 1) + by_image**2 / (images - 1)
-    # Without spread the half is 0, whatever the quantile. 1e-6: 3.9999999 is a 4
-    freedom = int((by_seed + by_image) ** 2 / (spread or 1) + 1e-6)
-    quantile = QUANTILES[np.searchsorted(FREEDOM, freedom, side="right") - 1]
-    half = quantile * math.sqrt(by_seed + by_image)
-    return mean, mean - half, mean + half
-
-
-# ── Results: what the finished stages left in `runs_dir` ──────────────────
-class Results:
-    """All finished stages of a folder, on the CPU: `stages` is {name: file}, `students`
-    {(network, arm): {seed: state}}. ValueError if they do not belong together."""
-
-    def __init__(self, runs_dir: Path, val: Split):
-        self.targets = val.targets.cpu()  # [N]
-        self.never_seen = val.never_seen.cpu().numpy()  # [N] bool
-        self.stages, self.students = {}, {}
-        for path in sorted(runs_dir.glob("*.pt")):
-            saved = read_checkpoint(path)
-            if not saved:
-                print(f"{path} is no file of a stage: it is left alone.")
-            elif len(saved["seconds"]) == saved["record"]["epochs"]:
-                self.stages[path.stem] = saved
-                for (network_name, arm, seed), state in saved["students"].items():
-                    seeds = self.students.setdefault((network_name, arm), {})
-                    if seed in seeds:
-                        raise ValueError(f"{path} repeats {arm}: move one away")
-                    seeds[seed] = state
-        self.check(val)
-
-    def check(self, val: Split) -> None:
-        """Refuses stages of another study, or of another teacher than is there."""
-        advice = "Run it again, or move its file away."
-        seen, teachers = {"images of val": val.fingerprint()}, ["none"]
-        for (network_name, _), seeds in self.students.items():
-            if network_name == "teacher":
-                kept = [s["network"] for s in seeds.values() if "network" in s]
-                teachers += [fingerprint(network.values()) for network in kept]
-        for name, saved in self.stages.items():
-            for key, value in saved["record"]["study"].items():
-                found = differences({key: seen.setdefault(key, value)}, {key: value})
-                if found:
-                    raise ValueError(
-                        f"{name} is of another study: {found[0]}. {advice}"
-                    )
-            if len(teachers) > 1 and saved["record"]["teacher"] not in teachers:
-                raise ValueError(f"{name} had another teacher. {advice}")
-
-    def values(self, network: str, arm: str, metric=correct) -> dict[int, np.ndarray]:
-        """{seed: metric(logits [N, C], targets [N])}; KeyError if not trained."""
-        states = self.students[network, arm].items()
-        return {s: metric(state["logits"], self.targets).numpy() for s, state in states}
-
-    def gains(self, network, arm="distilled", other="alone", metric=correct):
-        """[seeds, …]: `arm` − `other`, paired by seed; with `correct`, [seeds, N]."""
-        first = self.values(network, arm, metric)
-        second = self.values(network, other, metric)
-        return np.array([first[s] - second[s] for s in first if s in second])

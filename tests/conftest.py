@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -74,6 +75,16 @@ def run_cells(*starts, **names):
     return names
 
 
+def read_results(runs_dir, val):
+    """What the report reads."""
+    cells = ["# @title What the finished", "# @title Are they of one"]
+    given = {"SETTINGS": kd.Settings(runs_dir=runs_dir), "val_split": val}
+    return run_cells(*cells, "# @title Read the results", **given)["results"]
+
+
+find_interval = run_cells("# @title The 95 % interval")["find_interval"]
+
+
 def label_loss(student_logits, teacher_logits, targets, recipe):
     return F.cross_entropy(student_logits.float(), targets)
 
@@ -88,8 +99,9 @@ def make_split(count=48, seed=0, size=32):
     shape = (count, 3, size, size)
     images = torch.randint(0, 120, shape, dtype=torch.uint8, generator=generator)
     images[number, number % 3] += 120
-    columns = [values.to(kd.DEVICE) for values in (images, number % 3, number % 4 == 0)]
-    return kd.Split(columns[0], columns[1], ("red", "green", "blue"), columns[2])
+    paths = [f"{'drawn' if n % 4 else 'ILSVRC2012_val'}_{n}.png" for n in range(count)]
+    images, number = images.to(kd.DEVICE), number.to(kd.DEVICE)
+    return kd.Split(images, paths, ("red", "green", "blue"), number, number % 3)
 
 
 def tiny(num_classes, activation=nn.ReLU):
@@ -126,6 +138,46 @@ def own_folder(root, images, copies=1):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(images[name])
     return root
+
+
+def scene(number):
+    """A picture [64, 64, 3] with outlines and details of its own."""
+    rng = np.random.default_rng(number)
+    layers = [rng.normal(0, 255 / side, (side, side, 3)) for side in (4, 8, 16)]
+    picture = 128 + sum(
+        layer.repeat(64 // len(layer), 0).repeat(64 // len(layer), 1)
+        for layer in layers
+    )
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def make_zip(folder):
+    """As a Mac makes it, of photographs by class and of some without labels."""
+    pets = folder / "own pets"
+    for number in range(66):
+        save(pets / "abç"[number % 3] / f"{number}.png", scene(number))
+    for number in range(60, 70):  # six of them may stand in val
+        save(pets / "unlabelled" / f"{number}.png", scene(number))
+    save(pets / "a" / "again.png", scene(0)[:, ::-1])
+    (pets / "a" / "notes.txt").write_text("nothing")
+    (pets / "b" / "broken.jpg").write_bytes(photograph()[:300])
+    with zipfile.ZipFile(folder / "own.zip", "w") as archive:
+        for path in sorted(pets.rglob("*.*")):
+            name = str(path.relative_to(folder))
+            archive.write(path, name)
+            archive.writestr(
+                f"__MACOSX/{name.replace(path.name, '._' + path.name)}", "x"
+            )
+    shutil.rmtree(pets)
+    # A Mac does not mark its names as UTF-8
+    content = (folder / "own.zip").read_bytes()
+    (folder / "own.zip").write_bytes(content.replace(b"\0\x08\0\0", b"\0\0\0\0"))
+    return folder / "own.zip"
 
 
 def same(first, second):
@@ -261,12 +313,14 @@ def whole_run(request, tmp_path_factory):
     if not any("whole_run" in item.name for item in request.session.items):
         return None
     folder, notebook = tmp_path_factory.mktemp("whole"), read(WOOF)
-    images = {name: photograph(60 * number) for number, name in enumerate("abc")}
-    own = own_folder(folder / "own", images, copies=22)  # no never-seen images
+    own, weights = make_zip(folder), folder / "mobile.pth"  # no never-seen images
+    mobile = kd.build_classifier(1000, "mobilenet_v3_small")
+    torch.save(mobile.state_dict(), weights)
     for cell in notebook.cells:
         cell.source = cell.source.replace("RUN = False", "RUN = True") + smaller(cell)
         if cell.metadata.get("tags") == ["parameters"]:
-            cell.source += f"\nDATASET = {str(own)!r}"
+            cell.source += f"\nDATASET = {str(own)!r}\nNETWORKS = 'Custom CNN, "
+            cell.source += f"mobilenet_v3_small:{weights}'"
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     first = [cell.source.split("\n")[0] for cell in cells]
     report = cells[first.index("# @title Read the results") :]

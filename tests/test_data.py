@@ -2,14 +2,17 @@
 
 import hashlib
 import io
+import re
+import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_split, own_folder, photograph
+from conftest import ROOT, make_split, own_folder, photograph, run_cells, save, scene
 from PIL import Image
 from torchvision.transforms import functional as tv
 
@@ -79,41 +82,192 @@ def test_archive_that_cannot_be_had_or_is_hostile_leaves_nothing(tmp_path, serve
         kd.download_dataset("tiny", tmp_path / "root", "https://x")
 
 
+def test_readmes_script_runs_as_it_stands(tmp_path, serve, monkeypatch, capsys):
+    [script] = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    for number in range(72):
+        side, name = ("train", "val")[number % 6 > 0], "ab"[number // 6 % 2]
+        save(tmp_path / f"imagewoof2-160/{side}/{name}/{number}.png", scene(number))
+    with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "imagewoof2-160", "imagewoof2-160")
+    shutil.rmtree(tmp_path / "imagewoof2-160")
+    archive = (tmp_path / "x.tgz").read_bytes()
+    serve(archive)
+    known = (hashlib.md5(archive).hexdigest(), (12, 60))
+    monkeypatch.setitem(kd.DATASETS, "imagewoof2-160", known)
+    state = kd.build_classifier(1000, "resnet50").state_dict()
+    weights = "torchvision.models.ResNet50_Weights.get_state_dict"
+    monkeypatch.setattr(weights, lambda self, progress: state)
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    told = capsys.readouterr().out
+
+    students = kd.read_checkpoint(tmp_path / "runs/mine/mine.pt")["students"]
+    val = kd.load_splits(tmp_path / "data/imagewoof2-160", 128)["val"]
+    for seed in range(3):
+        both = [students["mine", arm, seed] for arm in ("distilled", "alone")]
+        right = [(one["logits"].argmax(1) == val.targets.cpu()).float() for one in both]
+        assert f"seed {seed}: {100 * (right[0] - right[1]).mean():+.1f} points" in told
+        assert "-" in told or "+1" in told  # some gain is not 0
+    teacher = kd.read_checkpoint(tmp_path / "runs/mine/teacher.pt")
+    assert len(teacher["seconds"]) == 2 and len(students) == 6
+
+
 # ── A folder of one's own ─────────────────────────────────────────────────
-def test_own_folder_keeps_its_names_and_what_is_no_image_is_left_out(tmp_path, capsys):
+def test_own_folder_keeps_its_names_and_what_is_no_image_is_left_out(tmp_path):
     images = {
         "tabby, tabby cat": photograph(30, "L"),
         "n03888257": photograph(60, "CMYK"),
         "n01440764": photograph(90),
     }
-    folder = own_folder(tmp_path / "demo", images)
+    folder = own_folder(tmp_path / ".hidden" / "demo", images)
     train = folder / "train"
-    (train / "n03888257/ILSVRC2012_val_7.JPEG").write_bytes(photograph(120))
+    (train / "n03888257/trip/2").mkdir(parents=True)
+    (train / "n03888257/trip/2/deep.JPEG").write_bytes(photograph(120))
     (train / ".ipynb_checkpoints").mkdir()
     hidden = ".ipynb_checkpoints/x.jpg", "n01440764/._one.jpg", "n01440764/.DS_Store"
-    for name in (*hidden, "notes.txt", "n01440764/notes.txt", "n03888257/film.mp4"):
+    others = "notes.txt", "n01440764/notes.txt", "n03888257/film.mp4", "loose.jpg"
+    for name in (*hidden, *others):
         (train / name).write_bytes(b"nothing")
-    assert kd.download_dataset(str(folder)) == folder
-    found = kd.load_split(folder, "train", 16)
-    assert found.classes == ("tench", "parachute", "tabby, tabby cat")
+    (train / "n01440764/broken.jpg").write_bytes(photograph()[:300])
+    before = sorted(tmp_path.rglob("*"))
+    found = kd.load_splits(folder, 16, {"n01440764": "tench"})
+    assert sorted(tmp_path.rglob("*")) == before
+    assert len(found["unlabelled"]) == 0 and len(found["val"]) == 3
+    found = found["train"]
+    assert found.classes == ("tench", "n03888257", "tabby, tabby cat")
     assert found.targets.tolist() == [0, 1, 1, 2]
-    assert found.images[:, 0, 8, 8].tolist() == pytest.approx([90, 60, 120, 30], abs=3)
-    assert found.never_seen.tolist() == [False, False, True, False]
-    assert f"{train}: 2 files" in capsys.readouterr().out
+    pixels = found.images_at(slice(None))[:, 0, 8, 8]
+    assert pixels.tolist() == pytest.approx([90, 60, 120, 30], abs=3)
+    files = [found.paths[place] for place in found.places.tolist()]
+    assert [file.removeprefix(f"{train}/") for file in files] == [
+        "n01440764/0.jpg",
+        "n03888257/0.jpg",
+        "n03888257/trip/2/deep.JPEG",
+        "tabby, tabby cat/0.jpg",
+    ]
 
 
 def test_folders_that_cannot_be_used_are_named(tmp_path):
+    def refuse(name, told, **images):
+        with pytest.raises(ValueError, match=told):
+            kd.load_splits(own_folder(tmp_path / name, images), 16)
+
     with pytest.raises(ValueError, match=r"'imagewolf'.*imagewoof2-160"):
         kd.download_dataset("imagewolf")
-    deep = own_folder(tmp_path / "deep", {"pets": photograph()})
-    with pytest.raises(ValueError, match=r"two or more .*\['pets'\]"):
-        kd.load_split(deep, "train", 16)
-    (deep / "train" / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"train: no image in \['empty'\]"):
-        kd.load_split(deep, "train", 16)
-    (deep / "train" / "empty" / "broken.jpg").write_bytes(photograph()[:300])
-    with pytest.raises(ValueError, match=r"cannot read the image .*broken\.jpg"):
-        kd.load_split(deep, "train", 16)
+    refuse(
+        "one",
+        r"one: need train and val, or class folders; has \['pets'\]",
+        pets=photograph(),
+    )
+    refuse(
+        "broken",
+        r"broken: no photograph that can be read",
+        a=b"no",
+        b=photograph()[:300],
+    )
+    many = own_folder(tmp_path / "many", {f"c{n}": photograph() for n in range(30)})
+    shutil.rmtree(many / "val/c17")
+    with pytest.raises(
+        ValueError, match=r"train and val differ by the classes \['c17'\]$"
+    ):
+        kd.load_splits(many, 16)
+    (many / "val/c17").mkdir()
+    with pytest.raises(ValueError, match=r"no photograph for val of \['c17'\]$"):
+        kd.load_splits(many, 16)
+    shutil.move(many / "val", many / "test")
+    with pytest.raises(ValueError, match="need train and val"):
+        kd.load_splits(many, 16)
+    for name in "ab":
+        (tmp_path / "pdf" / name).mkdir(parents=True)
+        (tmp_path / "pdf" / name / "x.pdf").write_bytes(b"%PDF")
+    with pytest.raises(
+        ValueError, match=r"pdf: no photograph that can be read, in \['a', 'b'\]"
+    ):
+        kd.load_splits(tmp_path / "pdf", 16)
+
+
+def test_a_fifth_is_set_aside_and_copies_stay_on_one_side(tmp_path):
+    for number in range(60):
+        name = "large" if number < 40 else "small"
+        path = tmp_path / "pets" / name / f"{number}.png"
+        save(path, scene(number))
+        if number % 4 == 0:  # each fourth one has a copy, under the other label
+            other = "small" if name == "large" else "large"
+            copy = path.parents[1] / other / f"copy_{number}.jpg"
+            save(copy, scene(number)[:, ::-1], quality=80)
+    save(tmp_path / "pets/unlabelled/deep/x.png", scene(99))
+    found = kd.load_splits(tmp_path / "pets", 32)
+    assert len(found["unlabelled"]) == 1 and found["unlabelled"].targets.item() == -1
+    sides = {}
+    for side in ("train", "val"):
+        split = found[side]
+        assert split.classes == ("large", "small") and split.whole is None
+        for place, label in zip(
+            split.places.tolist(), split.targets.tolist(), strict=True
+        ):
+            path = Path(split.paths[place])
+            assert split.classes[label] == path.parent.name
+            sides.setdefault(path.stem.split("_")[-1], set()).add(side)
+            pixels = kd.read_image(path, 32).to(kd.DEVICE)
+            assert torch.equal(split.pixels[place], pixels)
+    assert len(sides) == 60 and all(len(where) == 1 for where in sides.values())
+    counts = found["val"].targets.bincount().tolist()
+    for count, size in zip(counts, (40 + 5, 20 + 10), strict=True):
+        assert 0.5 * size / 5 < count <= 1.6 * size / 5
+    again = kd.load_splits(tmp_path / "pets", 32)
+    assert torch.equal(again["val"].places, found["val"].places)
+
+
+def as_split(pictures):
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    number = torch.arange(len(images))
+    columns = [column.to(kd.DEVICE) for column in (images, number, 0 * number)]
+    return kd.Split(columns[0], [], ("a", "b"), *columns[1:])
+
+
+def test_copies_are_found_and_skies_and_white_grounds_are_none(tmp_path):
+    changes = [
+        lambda x: x[:, ::-1],  # mirrored
+        lambda x: (0.7 * x.astype(float) + 20).astype(np.uint8),  # flatter
+        lambda x: x // 2 + x.mean(2, keepdims=True).astype(np.uint8) // 2,  # paler
+        lambda x: np.array(Image.fromarray(x).resize((40, 40)).resize((64, 64))),
+        lambda x: np.array(Image.fromarray(x).rotate(1)),
+        lambda x: np.array(Image.fromarray(x[1:, 1:]).resize((64, 64))),
+    ]
+    pictures = [scene(number) for number in range(300)]
+    pictures += [change(scene(50 * n)) for n, change in enumerate(changes)]
+    rng = np.random.default_rng(0)
+    for number in range(300):  # a sky, and something small on white
+        sky = np.linspace(200, 90 + number % 50, 64)[:, None, None] + rng.normal(
+            0, 3, (64, 64, 3)
+        )
+        white, (x, y, wide, high) = np.full((64, 64, 3), 255.0), rng.integers(12, 32, 4)
+        patches = Image.fromarray(rng.integers(0, 200, (3, 3, 3), dtype=np.uint8))
+        white[y : y + high, x : x + wide] = patches.resize((wide, high))
+        pictures += [sky.clip(0, 255).astype(np.uint8), white.astype(np.uint8)]
+    pictures += [np.full((64, 64, 3), level, np.uint8) for level in (0, 255, 255)]
+    found = kd.find_copies(as_split(pictures)).tolist()
+    assert found == [[50 * n, 300 + n] for n in range(len(changes))]
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data/imagewoof2-160.tgz"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs Imagewoof")
+def test_copies_on_both_sides_of_imagewoof_are_found(tmp_path):
+    with tarfile.open(SHARED) as tar:
+        tar.extractall(tmp_path, filter="data")
+    splits = kd.load_splits(tmp_path / "imagewoof2-160", 32)
+    names = {"join": None, "in_both": None}
+    given = {
+        "train_split": splits["train"],
+        "val_split": splits["val"],
+        "replace": replace,
+    }
+    names = run_cells("# @title Which photographs are there twice", **given)
+    assert names["in_train"].nonzero()[:, 0].tolist() == [399, 1309, 1320, 1331, 1413]
 
 
 def test_images_are_upright_cut_at_the_centre_and_put_on_white(tmp_path):
@@ -162,7 +316,7 @@ def test_epoch_shows_whole_batches_of_augmented_images_and_their_labels(settings
     settings = replace(settings, stream_seed=5, min_crop=0.6)
     with kd.seeded(5, 1):
         order, views = torch.randperm(50), kd.draw_views(50, 0.6)
-    expected = kd.normalise(kd.augment(split.images[order], views.to(kd.DEVICE)))
+    expected = kd.normalise(kd.augment(split.images_at(order), views.to(kd.DEVICE)))
     batches = list(kd.augmented_batches(split, settings, epoch=1))
     images, targets = map(torch.cat, zip(*batches, strict=True))
     assert len(images) == 48 and torch.equal(torch.get_rng_state(), callers)
@@ -171,7 +325,7 @@ def test_epoch_shows_whole_batches_of_augmented_images_and_their_labels(settings
 
 
 def test_views_and_their_normalisation_are_torchvisions():
-    images = make_split(2).images
+    images = make_split(2).images_at(slice(None))
     whole = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
     mirrored = whole * torch.tensor([-1, 1, 1])
     found = kd.augment(images, torch.stack([whole, mirrored]).to(kd.DEVICE))

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,6 +15,7 @@ from itertools import combinations, product
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from unittest.mock import Mock
+from zipfile import ZipFile
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -26,19 +28,24 @@ from conftest import (
     HELD_OUT,
     HELD_OUT_ANSWERS,
     NETTE,
+    PLACE,
     RIGHT,
     ROOT,
     VAL,
     WOOF,
     code_cells,
     find_cell,
+    find_interval,
     finish,
     label_loss,
     make_split,
     make_stage,
     make_study,
+    photograph,
     read,
     run_cells,
+    save,
+    scene,
     smaller,
     text_of,
     tiny,
@@ -48,6 +55,8 @@ from IPython.display import Markdown
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import is_image_file
+from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms import v2
 
 import kd_utils as kd
@@ -138,8 +147,11 @@ def test_set_up_asks_until_it_gets_the_module(tmp_path, monkeypatch, capsys):
 
 def choose(dataset, profile="", **form):
     names = {"DATASET": dataset, "PROFILE": profile, "KEEP_ON_DRIVE": False, "os": os}
-    names |= {"LENGTHS": "auto", "RUN_FEW_LABELS": "auto"} | form
-    cells = "PROFILES =", "# @title Choose the profile", "weights ="
+    names |= {"LENGTHS": "auto", "RUN_FEW_LABELS": "auto"}
+    names |= {"NETWORKS": "Custom CNN, LeNet-5", "TEACHER": "resnet50:IMAGENET1K_V1"}
+    names |= form | {"partial": partial}
+    cells = ["PROFILES =", "# @title Choose the profile", "# @title The networks, by"]
+    cells.append("teacher_name, weights =")
     return run_cells(*cells, asdict=asdict, **names)
 
 
@@ -172,14 +184,135 @@ def test_profiles_and_folders_are_chosen_by_name(monkeypatch, capsys):
             choose("imagewoof2-160", "small")
 
 
+def zip_of(*names, path, **options):
+    with ZipFile(path, "w", **options) as archive:
+        for name in names:
+            archive.writestr(name, photograph())
+    return path
+
+
+def test_own_photographs_are_found_in_folders_and_zips(tmp_path):
+    given = {"tempfile": tempfile, "ZipFile": ZipFile, "calculate_md5": calculate_md5}
+    cells = "# @title Unpack a zip", "# @title Find photographs of your own"
+    find = run_cells(*cells, **given)["find_photographs"]
+    data = tmp_path / "data"
+    inside = "all/pets/cat/1.jpg", "all/pets/dog/2/2.jpg", "__MACOSX/all/._x"
+    plain = zip_of(*inside, path=tmp_path / "pets.zip")
+    folder = find(plain, data)
+    assert folder.name == "pets" and kd.class_folders(folder) == ["cat", "dog"]
+    (folder / "cat/1.jpg").unlink()
+    assert find(plain, data) == folder and not list(folder.glob("cat/*"))  # once
+    assert find(data, data) == folder and find(folder.parents[1], data) == folder
+    zip_of("cat/1.jpg", "dog/1.jpg", path=plain)  # another one of the same name
+    folder = find(plain, data)
+    assert folder.parent == data and kd.class_folders(folder) == ["cat", "dog"]
+    sides = zip_of("x/train/a/1.jpg", "x/val/a/1.jpg", path=tmp_path / "sides.zip")
+    assert kd.class_folders(find(sides, data)) == ["train", "val"]
+
+    before = sorted(tmp_path.rglob("*"))
+    cut, foreign = tmp_path / "cut.zip", tmp_path / "foreign.zip"
+    cut.write_bytes(plain.read_bytes()[:-60])
+    foreign.write_bytes(photograph())
+    bad = bytearray(plain.read_bytes())
+    bad[60] ^= 255  # in the first photograph
+    (tmp_path / "bad.zip").write_bytes(bad)
+    hostile = [zip_of(name, path=tmp_path / f"{n}.zip") for n, name in enumerate(OUT)]
+    for path in (cut, foreign, tmp_path / "bad.zip", *hostile):
+        with pytest.raises(ValueError, match=rf"{path.name} cannot be unpacked: "):
+            find(path, data)
+        path.unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(
+        ValueError, match=r"'none': no folder, no zip, nor of \['imagew"
+    ):
+        find(Path("none"), data)
+
+
+OUT = "../x.jpg", "a/../../x.jpg", "/x.jpg"
+
+
+def test_health_of_the_data_is_told(tmp_path, settings):
+    for number in range(60):
+        side = "val" if number % 4 == 0 else "train"
+        save(tmp_path / side / "ab"[number > 40] / f"{number}.png", scene(number))
+    save(tmp_path / "val/a/90.png", scene(1)[:, ::-1])  # on both sides, mirrored
+    save(tmp_path / "val/b/91.png", scene(2))  # and under another label
+    save(tmp_path / "train/b/92.png", scene(3))
+    save(tmp_path / "train/b/93.png", scene(42))
+    (tmp_path / "train/a/x.heic").write_bytes(b"nothing")
+    (tmp_path / "train/a/x.jpg").write_bytes(b"nothing")
+    (tmp_path / "train/.DS_Store").write_bytes(b"nothing")
+    (tmp_path / "loose.png").write_bytes(b"nothing")
+    loaded, shown = kd.load_splits(tmp_path, 32), []
+    splits = {f"{side}_split": loaded[side] for side in ("train", "val")}
+    given = {"loaded": loaded, "folder": tmp_path, "num_classes": 2, **splits}
+    given |= {"replace": replace, "is_image_file": is_image_file, "SETTINGS": settings}
+    cells = ["# @title The 95 %", "# @title How numbers", "# @title Which photographs"]
+    cells += ["# @title Pairs by kind", "# @title What is left", "# @title Advice from"]
+    names = run_cells(*cells, "# @title Sizes", Markdown=shown.append, **given)
+    files = [loaded["val"].paths[place] for place in loaded["val"].places.tolist()]
+    copied = [Path(file).stem in ("90", "91") for file in files]
+    assert names["in_train"].tolist() == copied
+    for told in (
+        "| train | 47 | 17 (b) | 30 (a) |",
+        "| val | 17 | 5 (b) | 12 (a) |",
+        "- Left out: 1 × no image (.heic), such as `train/a/x.heic`.",
+        "- Left out: 1 × cannot be read, such as `train/a/x.jpg`.",
+        "- Left out: 1 × hidden, such as `train/.DS_Store`.",
+        "- Left out: 1 × in no class, such as `loose.png`.",
+        "- 2 photographs of `val` also stand in `train`.",
+        "- Nearly the same, on both sides, under one label: 1 pairs.",
+        "- Nearly the same, on both sides, under two labels: 1 pairs.",
+        "- Nearly the same, on one side, under one label: 1 pairs.",
+        "- Nearly the same, on one side, under two labels: 1 pairs.",
+        "`val` of 17: expect intervals of about ±19.4 points.",
+        "- Fewer than 50 photographs to learn from: a, b.",
+        "- 4 steps are few.",
+        "- The held-out tenth is so small",
+    ):
+        assert told in shown[0], told
+    names["SETTINGS"] = replace(settings, epochs=500)  # and large enough classes
+    names["train_split"] = loaded["train"].subset(torch.arange(47).repeat(30))
+    assert len(names["advise_on_data"]()) == 1
+
+
+def test_unlabelled_photographs_are_taught_in_as_many_steps(settings, monkeypatch):
+    Given.made, pictures = [], [scene(number) for number in range(60)]
+    monkeypatch.setattr(kd, "Stage", Given)
+    pictures[50] = pictures[32][:, ::-1]  # stands in val
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(kd.DEVICE)
+    places = torch.arange(60, device=kd.DEVICE)
+    whole = kd.Split(images, [], ("red", "green", "blue"), places, places % 3)
+    train, val, rest = (whole.subset(part) for part in places.split([30, 10, 20]))
+    rest = replace(rest, targets=torch.full_like(rest.targets, -1))
+    train, rest = (replace(part, whole=None) for part in (train, rest))
+    given = {"replace": replace, "train_split": train, "val_split": val}
+    join = run_cells("# @title Which photographs are there twice", **given)
+    given |= {name: join[name] for name in ("join", "in_both")}
+    given |= {"SETTINGS": replace(settings, epochs=49), "no_label_loss": len}
+    given |= {"teacher": "teacher", "train": lambda stage: None}
+    given["STUDENTS"] = kd.STUDENTS
+    run_cells("unlabelled = loaded", loaded={"unlabelled": rest}, **given)
+    [stage] = Given.made
+    more, tested = stage.splits
+    assert more.places.tolist() == [*range(30), *range(40, 50), *range(51, 60)]
+    assert more.targets.tolist() == [n % 3 for n in range(30)] + 19 * [-1]
+    assert more.whole is train and tested is val and stage.teacher == "teacher"
+    assert stage.losses == {"distilled, unlabelled too": len}
+    assert stage.settings == replace(settings, epochs=30)  # of 49: 30 / 49
+    nothing = rest.subset(rest.places < 0)
+    run_cells("unlabelled = loaded", loaded={"unlabelled": nothing}, **given)
+    assert len(Given.made) == 1
+
+
 def test_demo_draws_shapes_that_belong_to_their_class(tmp_path):
     cell = "# @title Draw the demo's photographs"
     draw = run_cells(cell, Image=Image, ImageDraw=ImageDraw)["draw_demo_dataset"]
     draw(tmp_path / "demo")
-    split = kd.load_split(tmp_path / "demo", "train", 96)
+    split = kd.load_splits(tmp_path / "demo", 96)["train"]
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert len(split) == 200 and len(split.classes) == 10
-    red, _green, blue = split.images.float().cpu().unbind(1)
+    red, _green, blue = split.images_at(slice(None)).float().cpu().unbind(1)
     shapes = {"gold": (red > 200) & (blue < 120), "plum": (red > 180) & (blue > 180)}
     for label, name in enumerate(split.classes):
         colour, corners = re.match(r"(\w+) (\d)", name).groups()
@@ -200,7 +333,7 @@ class Given:
         self.name, self.losses, self.settings = name, losses, settings
         self.splits, self.networks, self.teacher = splits, networks, teacher
         self.val_split = splits[1]
-        keys = product(networks or kd.STUDENTS, losses, settings.seeds)
+        keys = product(networks, losses, settings.seeds)
         self.students = [self.learn(*key) for key in keys]
         Given.made.append(self)
 
@@ -235,7 +368,7 @@ def chosen(settings, monkeypatch, capsys):
     given |= {"RUN_CHOICES": "auto", "run_all": True, "splits": (make_split(), VAL)}
     given["io"] = io
     monkeypatch.setattr(kd, "Stage", Given)
-    monkeypatch.setattr(kd, "STUDENTS", {"a": tiny, "b": tiny})
+    given["STUDENTS"] = {"a": tiny, "b": tiny}
     Given.made = []
     cells = ["def label_loss", "def fine_tune_teacher", "is_tenth ="]
     cells += ["from contextlib import", "# @title Answers at several temp"]
@@ -267,7 +400,7 @@ def test_choices_and_teacher_get_what_they_should(chosen, settings):
     [teacher] = [stage for stage in made if stage.name == "teacher"]
     for stage in made:
         for part, rows in zip(stage.splits, (~held_out, held_out), strict=True):
-            assert torch.equal(part.images, split.images[rows])
+            assert torch.equal(part.images_at(slice(None)), split.images_at(rows))
             assert torch.equal(part.targets, split.targets[rows])
         assert stage.settings.runs_dir == settings.runs_dir / "trials"
     for stage in trials:
@@ -296,14 +429,14 @@ def test_choices_and_teacher_get_what_they_should(chosen, settings):
 
 def test_a_choice_is_told_with_the_lead_over_the_runner_up(monkeypatch):
     shown, figures = [], show_nothing(monkeypatch)
-    cells = ["# @title How numbers", "def best_of"]
+    cells = ["# @title The 95 %", "# @title How numbers", "def best_of"]
     cells += ["# @title A choice as a table", "# @title A choice as a figure"]
     names = run_cells(*cells, Markdown=shown.append, plt=plt)
     right = [[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 0, 0]]
     hits = {(2.0, 0.5): np.array(right[1]), (4.0, 0.9): np.array(right[0])}
     hits[8.0, 0.9] = np.zeros((2, 4))
     names["tell_choice"]({"one|two": hits}, ["T", "α"])
-    mean, low, high = kd.interval(100 * (hits[4.0, 0.9] - hits[2.0, 0.5]))
+    mean, low, high = find_interval(100 * (hits[4.0, 0.9] - hits[2.0, 0.5]))
     lead = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     rows = shown[0].splitlines()[2:]
     assert rows[0] == rf"| one\|two | **T 4, α 0.9** | 62.5 | {lead} |"
@@ -322,7 +455,8 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
     other = kd.Recipe(temperature=2.0, alpha=1.0)
     given = {
         "teacher": lambda images: images.mean((1, 2, 3)).view(-1, 1) * weights,
-        "train_split": kd.Split(images, targets, ("a", "b", "c"), targets > 9),
+        "train_split": kd.Split(images, [], ("a", "b", "c"), torch.arange(6), targets),
+        "STUDENTS": kd.STUDENTS,
         "SETTINGS": replace(settings, batch_size=6, recipes={"LeNet-5": other}),
         "num_classes": 3,
         "run_few_labels": False,
@@ -355,12 +489,13 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
         "distilled_loss": arms["distilled"],
         "class_mean_loss": arms["class mean"],
     }
-    given |= {"splits": (), "teacher": None}
+    given |= {"splits": (), "teacher": None, "STUDENTS": kd.STUDENTS}
     assert run_cells("LOSSES_2 =", **given)["LOSSES_2"] == arms
     found = names["label_loss"](logits, None, label, recipe).item()
     assert found == pytest.approx(hard[1])
     nothing = SimpleNamespace(Stage=Mock(), DEVICE=kd.DEVICE)
     given = {"kd": nothing, "train": Mock(), "SETTINGS": settings, "splits": ()}
+    given["STUDENTS"] = kd.STUDENTS
     names = run_cells("def smoothed_loss", label_loss=len, **given)
     smoothed = names["smoothed_loss"]
     arms = {"alone": len, "smoothed": smoothed}
@@ -379,6 +514,7 @@ def test_longer_and_few_labels_get_what_they_should(settings, monkeypatch):
     given |= {"splits": (split, VAL), "teacher": "teacher", "lengths": "1 2 4"}
     given |= {"run_few_labels": True, "fine_tune_teacher": tuned, "replace": replace}
     given |= {"train": lambda stage: None, "trial_splits": "held out"}
+    given["STUDENTS"] = kd.STUDENTS
     losses = run_cells("def label_loss", "def distilled_loss")
     given |= {name: losses[name] for name in ("label_loss", "distilled_loss")}
     names = run_cells("for times in", "def no_label_loss", **given)
@@ -390,7 +526,10 @@ def test_longer_and_few_labels_get_what_they_should(settings, monkeypatch):
         assert stage.losses == expected
     few, val = alone.splits
     rows = [5, 15, 25, 35, 45, 55, 65, 75, 85]
-    assert torch.equal(few.images, split.images[rows * 10]) and val is VAL
+    assert (
+        torch.equal(few.images_at(slice(None)), split.images_at(rows * 10))
+        and val is VAL
+    )
     assert alone.settings == taught.settings == settings and alone.teacher is None
     assert alone.losses == {"alone, few labels": losses["label_loss"]}
     assert taught.losses == {"distilled, few labels": names["no_label_loss"]}
@@ -411,13 +550,14 @@ def test_longer_and_few_labels_get_what_they_should(settings, monkeypatch):
 def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypatch):
     Given.made = []
     monkeypatch.setattr(kd, "Stage", Given)
-    monkeypatch.setattr(kd, "STUDENTS", {"a": tiny, "b": tiny})
     settings = replace(settings, epochs=20, teacher_epochs=2)
     counts = {"a": 240.0, "b": 7.0, "teacher": 1330.0}
     given = {"partial": partial, "num_classes": 3, "FlopCounterMode": FlopCounterMode}
+    given["STUDENTS"] = {"a": tiny, "b": tiny}
     names = run_cells("# @title Multiply-adds of", SETTINGS=settings, **given)
     assert names["count_multiply_adds"](tiny, 32) == 7 * 7 * 8 * 75 + 8 * 3
     given = {"SETTINGS": settings, "BUILDS": dict(zip(counts, counts, strict=True))}
+    given["STUDENTS"] = {"a": tiny, "b": tiny}
     given |= {
         "count_multiply_adds": lambda build, size: counts[build],
         "lengths": "1 2",
@@ -444,6 +584,7 @@ def test_estimate_of_minutes_counts_every_pass(settings):
     small = {"image_size": 96, "seeds": (0, 1, 2), "epochs": 16, "teacher_epochs": 1}
     given["PROFILES"] = {"small": {**small, "trial_epochs": 16}}
     given |= {"product": product, "affordable_epochs": lambda *_: 20}
+    given["STUDENTS"] = kd.STUDENTS
     cells = "# @title Speeds, and", "# @title The minutes of each part"
     found = run_cells(*cells, **given)["estimate"]("small", 1e9)
     adds = 9025 * 96e6 / 1e9 / 60  # minutes for one pass of a network of one
@@ -532,7 +673,7 @@ def level(arm):
 
 def write(values, digits=3, sign=""):
     least = -math.inf if sign else 0
-    found = [max(least, value) for value in kd.interval(values)]
+    found = [max(least, value) for value in find_interval(values)]
     mean, low, high = (f"{value:{sign}.{digits}f}" for value in found)
     return f"{mean} [{low}, {high}]"
 
@@ -542,7 +683,7 @@ def gain(arm, other="alone", images=slice(None)):
 
 
 def word_of(change):
-    _, low, high = kd.interval(change)
+    _, low, high = find_interval(change)
     word = "worse" if low > 0 else "better" if high < 0 else "cannot tell"
     return f"{word} ({write(change, sign='+')})"
 
@@ -570,7 +711,6 @@ def show_nothing(monkeypatch):
 def report(settings, monkeypatch):
     """Runs its cells on the study: {title: what it shows}, {title: figures}."""
     made = show_nothing(monkeypatch)
-    monkeypatch.setattr(kd, "STUDENTS", {"tiny": tiny})
     settings = replace(settings, teacher="resnet18")
 
     def run(settings=settings):
@@ -580,14 +720,16 @@ def report(settings, monkeypatch):
         given |= {"product": product, "combinations": combinations, "plt": plt}
         given |= {"FlopCounterMode": FlopCounterMode, "partial": partial, "re": re}
         given |= {"DATASET": "own-160", "profile": "demo", "json": json}
-        given["asdict"] = asdict
+        given |= {"asdict": asdict, "STUDENTS": {"tiny": tiny}, "PRETRAINED": {}}
+        given |= {"never_seen": np.arange(24) % 4 == 0, "in_train": PLACE % 5 == 1}
         given["teacher_val_logits"] = ANSWERS["teacher", 0]
         given["Markdown"] = shown.append
         titles = [source.split("\n")[0] for source in code_cells()]
-        first = titles.index("# @title Read the results")
+        first = titles.index("# @title What the finished stages left")
         last = titles.index("# @title Your own photograph")
         before = [
             "# @title Colours",
+            "# @title The 95 %",
             "# @title How numbers",
             "# @title Multiply-adds of",
         ]
@@ -633,6 +775,11 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
     row = [gain("smoothed"), gain("class mean"), gain("distilled")]
     row += [gain("distilled", "smoothed"), gain("distilled", "class mean")]
     assert f"| tiny | {' | '.join(row)} |" in starting(texts, "The controls")
+    rest = gain("distilled", images=(PLACE % 5 != 1).numpy())
+    worth = f"- tiny: {gain('distilled')} with these 5, {rest} without."
+    assert starting(texts, "What are the photographs worth") == worth
+    row = f"| tiny | random | {level('alone')} | {level('distilled')} |"
+    assert row in starting(texts, "Which small network")
     words = starting(texts, "The same in words").splitlines()
     assert words[0].endswith("does not help clearly, so it does not explain the gain.")
     assert words[1].endswith(
@@ -652,7 +799,7 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
     for place, arm in enumerate(names):
         other = "alone ×2" if "×2" in arm else "alone"
         gains = 100 * (each(arm) - each(other))
-        mean, low, high = kd.interval(gains)
+        mean, low, high = find_interval(gains)
         bar, dot, seeds = drawn[3 * place : 3 * place + 3]
         assert [*bar, *dot] == pytest.approx([low, high, mean])
         assert sorted(seeds) == pytest.approx(sorted(gains.mean(1)))
@@ -667,6 +814,29 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
     monkeypatch.setitem(ANSWERS, ("distilled", 0), ANSWERS["alone", 0])
     make_study(settings)
     assert "| 1 of 2 |" in starting(report()[0], "Did it help")
+
+
+def test_a_student_is_compared_with_a_fine_tuned_one(capsys):
+    right = {("a", "distilled"): [1, 1, 1, 1, 0], ("b", "alone"): [1, 0, 0, 0, 0]}
+    right |= {("a", "alone"): [0, 0, 0, 0, 0], ("b", "distilled"): [1, 1, 0, 0, 0]}
+    values = {key: np.tile(row, (2, 40)) for key, row in right.items()}
+    results = SimpleNamespace(
+        values=lambda name, arm: dict(enumerate(values[name, arm])), students=values
+    )
+    shown, both = [], ("alone", "distilled")
+    given = {"results": results, "ARMS": dict.fromkeys("ab", both), "BOTH": ["a", "b"]}
+    given |= {"PRETRAINED": {"b": "x.pth"}, "Markdown": shown.append, "in_train": None}
+    given |= {
+        "product": product,
+        "mean_of": lambda name, arm: 100 * values[name, arm].mean(),
+    }
+    cells = ["# @title The 95 %", "# @title How numbers", "# @title What a verdict"]
+    run_cells(*cells, "# @title Which small network", **given)
+    lead = write(100 * (values["a", "distilled"] - values["b", "alone"]), 1, "+")
+    told = f"- a, distilled, is ahead of b, alone: {lead} points."
+    assert shown[0].splitlines()[-1] == told and lead.startswith("+60.0 [")
+    assert "| a | random | 0.0 | 80.0 |" in shown[0]
+    assert "| b | x.pth | 20.0 | 40.0 |" in shown[0]
 
 
 def test_costs_are_multiply_adds_of_student_and_teacher(settings, report):
@@ -835,7 +1005,7 @@ def test_advice_follows_the_numbers(settings, report):
     words = {1: "yes", -1: "no", 0: "cannot tell"}
 
     def answered(arm, other):
-        _, low, high = kd.interval(each(arm) - each(other))
+        _, low, high = find_interval(each(arm) - each(other))
         word = words[int(low > 0) - int(high < 0)]
         return f"{word} ({gain(arm, other)})"
 
@@ -878,7 +1048,7 @@ def test_advice_follows_the_numbers(settings, report):
 
 
 def interval_of(arm):
-    return [100 * value for value in kd.interval(each(arm) - each("alone"))]
+    return [100 * value for value in find_interval(each(arm) - each("alone"))]
 
 
 @pytest.mark.parametrize(
@@ -886,7 +1056,11 @@ def interval_of(arm):
     [(90, 1, "helps"), (90, -1, "hurts"), (79, 1, "not tested"), (10, -1, "hurts")],
 )
 def test_to_beat_a_cheaper_one_is_no_verdict(share, lead, expected):
-    cells = "# @title What a verdict means", "# @title At equal cost"
+    cells = (
+        "# @title The 95 %",
+        "# @title What a verdict means",
+        "# @title At equal cost",
+    )
     given = {"BOTH": [], "Markdown": str}
     verdict_at = run_cells(*cells, **given)["verdict_at"]
     assert verdict_at(share, np.full((2, 9), lead)) == expected
@@ -911,7 +1085,7 @@ def test_an_arm_of_another_length_is_refused_by_name(settings, report):
 
 
 def test_a_value_that_rounds_to_0_shows_its_deciding_digit():
-    names = run_cells("# @title How numbers")
+    names = run_cells("# @title The 95 %", "# @title How numbers")
     gains = np.full((2, 4000), 0.0)
     gains[:, 0] = 1
     assert names["points"](gains).startswith("+0.03 [-0.02, +0.07")
@@ -1061,11 +1235,11 @@ ELSEWHERE = """
 import json, sys, torch, warnings
 for told in ("Attempted to insert", ".*does not reference", "The given buffer"):
     warnings.filterwarnings("ignore", told)  # torch 2.6, torch 2.11
-extra = {"classes.json": ""}
+extra = {"about.json": ""}
 network = torch.export.load("student.pt2", extra_files=extra).module()
 images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
 answers = [network(images[:number]).numpy().tolist() for number in (1, 3)]
-print(json.dumps([*answers, extra["classes.json"], "kd_utils" in sys.modules]))
+print(json.dumps([*answers, extra["about.json"], "kd_utils" in sys.modules]))
 """
 
 
@@ -1087,6 +1261,18 @@ def test_whole_run_of_imagewoof_and_its_network_leaves(whole_run):
     again = [pair[-2:] for pair in shown.values() if len(pair) > 1]
     assert len(again) > 70 and all(first == second for first, second in again)
 
+    # The photographs, of which one is there twice, mirrored
+    for told in (
+        "Left out: 1 × cannot be read, such as `b/broken.jpg`",
+        "Left out: 1 × no image (.txt), such as `a/notes.txt`",
+        "0 photographs of `val` also stand in `train`",
+        "Nearly the same, on one side, under one label: 1 pairs",
+        "Fewer than 50 photographs to learn from: a, b, ç.",
+        "mobilenet_v3_small (mobile.pth), alone: ",
+        "it started from random weights",
+        "*With photographs without labels, too?* ",
+    ):
+        assert told in text, told
     folder = folder / "runs/own-demo"
     names = "Experiment 2", "teacher", "trials/teacher", "held out/for the temperatures"
     files = [kd.read_checkpoint(folder / f"{name}.pt") for name in names]
@@ -1103,6 +1289,32 @@ def test_whole_run_of_imagewoof_and_its_network_leaves(whole_run):
     command = [sys.executable, *strict, "-c", ELSEWHERE]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    one, three, classes, needs_kd = json.loads(done.stdout)
+    one, three, about, needs_kd = json.loads(done.stdout)
     assert np.allclose(one + three, expected[:1] + expected, atol=0.002)
-    assert json.loads(classes) == ["a", "b", "c"] and not needs_kd
+    assert not needs_kd
+    about = json.loads(about)
+    assert about["classes"] == ["a", "b", "ç"] and about["image_size"] == 32
+    assert about["torch"] == torch.__version__
+
+    # Photographs that are turned, transparent, or of 16 bits
+    exif, picture = Image.Exif(), scene(7)
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(folder / "x.jpg", exif=exif)
+    clear = np.dstack([picture, picture[..., 0]])
+    Image.fromarray(clear).save(folder / "y.png")
+    deep = picture[..., 0].astype(np.uint16) * 16
+    Image.fromarray(deep).save(folder / "z.png")
+    command = [sys.executable, *strict, "use_student.py", "x.jpg", "y.png", "z.png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    expected = ""
+    for name in ("x.jpg", "y.png", "z.png"):
+        image = kd.normalise(kd.read_image(folder / name, 32)[None])
+        shares = (network(image) / about["temperature"]).softmax(1)[0].tolist()
+        expected += f"{name}\n"
+        for share, label in sorted(zip(shares, "abç", strict=True), reverse=True):
+            expected += f"{share:7.1%} {label}\n"
+    assert done.stdout == expected
+    [row] = re.findall(r"\| cpu \| (.*) \|", text)[:1]
+    from_file, itself, _, different = row.split(" | ")
+    assert from_file == itself and different == "0"
