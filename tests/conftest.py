@@ -318,6 +318,7 @@ def whole_run(request, tmp_path_factory):
     torch.save(mobile.state_dict(), weights)
     for cell in notebook.cells:
         cell.source = cell.source.replace("RUN = False", "RUN = True") + smaller(cell)
+        cell.source = cell.source.replace("targets) >= 100", "targets) >= 1")
         if cell.metadata.get("tags") == ["parameters"]:
             cell.source += f"\nDATASET = {str(own)!r}\nNETWORKS = 'Custom CNN, "
             cell.source += f"mobilenet_v3_small:{weights}'"

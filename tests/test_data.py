@@ -129,7 +129,7 @@ def test_own_folder_keeps_its_names_and_what_is_no_image_is_left_out(tmp_path):
     hidden = ".ipynb_checkpoints/x.jpg", "n01440764/._one.jpg", "n01440764/.DS_Store"
     others = "notes.txt", "n01440764/notes.txt", "n03888257/film.mp4", "loose.jpg"
     for name in (*hidden, *others):
-        (train / name).write_bytes(b"nothing")
+        (train / name).write_bytes(photograph(200))
     (train / "n01440764/broken.jpg").write_bytes(photograph()[:300])
     before = sorted(tmp_path.rglob("*"))
     found = kd.load_splits(folder, 16, {"n01440764": "tench"})
@@ -173,7 +173,11 @@ def test_folders_that_cannot_be_used_are_named(tmp_path):
         ValueError, match=r"train and val differ by the classes \['c17'\]$"
     ):
         kd.load_splits(many, 16)
-    (many / "val/c17").mkdir()
+    shutil.move(many / "train/c17", many / "val/c17")
+    with pytest.raises(ValueError, match=r"by the classes \['c17'\]$"):
+        kd.load_splits(many, 16)
+    shutil.copytree(many / "val/c17", many / "train/c17")
+    (many / "val/c17/0.jpg").unlink()
     with pytest.raises(ValueError, match=r"no photograph for val of \['c17'\]$"):
         kd.load_splits(many, 16)
     shutil.move(many / "val", many / "test")
@@ -237,7 +241,7 @@ def test_copies_are_found_and_skies_and_white_grounds_are_none(tmp_path):
         lambda x: np.array(Image.fromarray(x[1:, 1:]).resize((64, 64))),
     ]
     pictures = [scene(number) for number in range(300)]
-    pictures += [change(scene(50 * n)) for n, change in enumerate(changes)]
+    pictures += [change(scene(59 * n)) for n, change in enumerate(changes)]
     rng = np.random.default_rng(0)
     for number in range(300):  # a sky, and something small on white
         sky = np.linspace(200, 90 + number % 50, 64)[:, None, None] + rng.normal(
@@ -248,8 +252,11 @@ def test_copies_are_found_and_skies_and_white_grounds_are_none(tmp_path):
         white[y : y + high, x : x + wide] = patches.resize((wide, high))
         pictures += [sky.clip(0, 255).astype(np.uint8), white.astype(np.uint8)]
     pictures += [np.full((64, 64, 3), level, np.uint8) for level in (0, 255, 255)]
+    for level in (90, 180):  # plain, with a trifle at the same place
+        pictures.append(np.full((64, 64, 3), level, np.uint8))
+        pictures[-1][8:12, 8:12] += 1
     found = kd.find_copies(as_split(pictures)).tolist()
-    assert found == [[50 * n, 300 + n] for n in range(len(changes))]
+    assert found == [[59 * n, 300 + n] for n in range(len(changes))]
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/imagewoof2-160.tgz"

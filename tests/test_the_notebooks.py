@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
@@ -268,9 +269,16 @@ def test_health_of_the_data_is_told(tmp_path, settings):
     splits = {f"{side}_split": loaded[side] for side in ("train", "val")}
     given = {"loaded": loaded, "folder": tmp_path, "num_classes": 2, **splits}
     given |= {"replace": replace, "is_image_file": is_image_file, "SETTINGS": settings}
-    cells = ["# @title The 95 %", "# @title How numbers", "# @title Which photographs"]
+    cells = [
+        "# @title The 95 %",
+        "# @title How numbers",
+        "# @title Intervals as",
+        "# @title Which photographs",
+    ]
     cells += ["# @title Pairs by kind", "# @title What is left", "# @title Advice from"]
-    names = run_cells(*cells, "# @title Sizes", Markdown=shown.append, **given)
+    names = run_cells(
+        *cells, "# @title Sizes and", "# @title Sizes,", Markdown=shown.append, **given
+    )
     files = [loaded["val"].paths[place] for place in loaded["val"].places.tolist()]
     copied = [Path(file).stem in ("90", "91") for file in files]
     assert names["in_train"].tolist() == copied
@@ -281,14 +289,15 @@ def test_health_of_the_data_is_told(tmp_path, settings):
         "- Left out: 1 × cannot be read, such as `train/a/x.jpg`.",
         "- Left out: 1 × hidden, such as `train/.DS_Store`.",
         "- Left out: 1 × in no class, such as `loose.png`.",
-        "- 2 photographs of `val` also stand in `train`.",
-        "- Nearly the same, on both sides, with one label: 1 pairs.",
-        "- Nearly the same, on both sides, with two labels: 1 pairs.",
-        "- Nearly the same, on one side, with one label: 1 pairs.",
-        "- Nearly the same, on one side, with two labels: 1 pairs.",
+        "- Photographs of `val` that also stand in `train`: 2.",
+        "- Pairs that are nearly the same, on both sides, with one label: 1, such as "
+        "`train/a/1.png` and `val/a/90.png`.",
+        "both sides, with two labels: 1, such as `train/a/2.png` and `val/b/91.png`.",
+        "one side, with one label: 1, such as `train/b/42.png` and `train/b/93.png`.",
+        "one side, with two labels: 1, such as `train/a/3.png` and `train/b/92.png`.",
         "`val` of 17: expect intervals of about ±19.4 points.",
-        "- Fewer than 50 photographs to learn from: a, b.",
-        "- 4 steps are few.",
+        "- Few photographs to learn from (below 50): b 17, a 30.",
+        "- 4 steps for a student and 4 for the teacher are few.",
         "- The held-out tenth is so small",
     ):
         assert told in shown[0], told
@@ -450,14 +459,20 @@ def test_choices_and_teacher_get_what_they_should(chosen, settings):
 
 def test_a_choice_is_told_with_the_lead_over_the_runner_up(monkeypatch):
     shown, figures = [], show_nothing(monkeypatch)
-    cells = ["# @title The 95 %", "# @title How numbers", "def best_of"]
+    cells = [
+        "# @title The 95 %",
+        "# @title How numbers",
+        "# @title Intervals as",
+        "def best_of",
+    ]
     cells += ["# @title A choice as a table", "# @title A choice as a figure"]
     names = run_cells(*cells, Markdown=shown.append, plt=plt)
     right = [[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 0, 0]]
     hits = {(2.0, 0.5): np.array(right[1]), (4.0, 0.9): np.array(right[0])}
     hits[8.0, 0.9] = np.zeros((2, 4))
     names["tell_choice"]({"one|two": hits}, ["T", "α"])
-    mean, low, high = find_interval(100 * (hits[4.0, 0.9] - hits[2.0, 0.5]))
+    lead = find_interval(100 * (hits[4.0, 0.9] - hits[2.0, 0.5]))
+    mean, low, high = np.clip(lead, -100, 100)
     lead = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     rows = shown[0].splitlines()[2:]
     assert rows[0] == rf"| one\|two | **T 4, α 0.9** | 62.5 | {lead} |"
@@ -599,15 +614,14 @@ def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypa
 
 
 def test_estimate_of_minutes_counts_every_pass(settings):
-    given = {"train_split": make_split(), "DATASET": "imagewoof2-160"}
-    given |= {"count_multiply_adds": lambda build, size: build * size * 1e6}
+    given = {"count_multiply_adds": lambda build, size: build * size * 1e6}
     given["BUILDS"] = {"Custom CNN": 2, "LeNet-5": 1, "teacher": 10}
     small = {"image_size": 96, "seeds": (0, 1, 2), "epochs": 16, "teacher_epochs": 1}
-    given["PROFILES"] = {"small": {**small, "trial_epochs": 16}}
     given |= {"product": product, "affordable_epochs": lambda *_: 20}
     given["STUDENTS"] = kd.STUDENTS
     cells = "# @title Speeds, and", "# @title The minutes of each part"
-    found = run_cells(*cells, **given)["estimate"]("small", 1e9)
+    estimate = run_cells(*cells, **given)["estimate"]
+    found = estimate(kd.Settings(**small, trial_epochs=16), 1e9, 9025)
     adds = 9025 * 96e6 / 1e9 / 60  # minutes for one pass of a network of one
     arm, reading, tuning = 3 * 16 * 3 * 3 * adds, 16 * 10 * adds, 3 * 10 * adds
     expected = {"Experiment 1": 2 * arm, "Experiment 2": 2 * arm + reading + tuning}
@@ -628,9 +642,16 @@ def test_printed_quality_is_of_the_last_epoch(capsys):
     students = []
     for values in ([0.2, 0.9, 0.5], [0.3, 0.9, 0.6]):
         history = {"val_accuracy": values}
-        students.append(SimpleNamespace(key=("a", "b", 0), history=history))
-    run_cells("def tell_quality", untaught=SimpleNamespace(students=students))
+        student = SimpleNamespace(key=("a", "b", 0), history=history)
+        student.logits = ANSWERS["alone", 0]
+        students.append(student)
+    cell = {"untaught": SimpleNamespace(students=students)}
+    run_cells("def tell_quality", **cell)
     told = capsys.readouterr().out
+    assert "same answer" not in told
+    students[1].logits = torch.eye(3)[[2] * 24]
+    run_cells("def tell_quality", **cell)
+    assert "One of them gives every image the same answer" in capsys.readouterr().out
     assert "a, b: 55.0 % of val right, from 50.0 to 60.0 (2 seeds); the best" in told
     assert "would say 90.0" in told
 
@@ -692,15 +713,15 @@ def level(arm):
     return f"{100 * each(arm).mean():.1f}"
 
 
-def write(values, digits=3, sign=""):
-    least = -math.inf if sign else 0
-    found = [max(least, value) for value in find_interval(values)]
+def write(values, digits=3, sign="", most=math.inf):
+    least = -most if sign else 0
+    found = [min(most, max(least, value)) for value in find_interval(values)]
     mean, low, high = (f"{value:{sign}.{digits}f}" for value in found)
     return f"{mean} [{low}, {high}]"
 
 
 def gain(arm, other="alone", images=slice(None)):
-    return write(100 * (each(arm) - each(other))[:, images], 1, "+")
+    return write(100 * (each(arm) - each(other))[:, images], 1, "+", most=100)
 
 
 def word_of(change):
@@ -752,6 +773,7 @@ def report(settings, monkeypatch):
             "# @title Colours",
             "# @title The 95 %",
             "# @title How numbers",
+            "# @title Intervals as",
             "# @title Multiply-adds of",
         ]
         before += ["# @title Tables of shares", "# @title The photograph to look at"]
@@ -850,7 +872,12 @@ def test_a_student_is_compared_with_a_fine_tuned_one(capsys):
         "product": product,
         "mean_of": lambda name, arm: 100 * values[name, arm].mean(),
     }
-    cells = ["# @title The 95 %", "# @title How numbers", "# @title What a verdict"]
+    cells = [
+        "# @title The 95 %",
+        "# @title How numbers",
+        "# @title Intervals as",
+        "# @title What a verdict",
+    ]
     cells += ["# @title Against a network", "# @title Which small network"]
     run_cells(*cells, **given)
     lead = write(100 * (values["a", "distilled"] - values["b", "alone"]), 1, "+")
@@ -1106,7 +1133,9 @@ def test_an_arm_of_another_length_is_refused_by_name(settings, report):
 
 
 def test_a_value_that_rounds_to_0_shows_its_deciding_digit():
-    names = run_cells("# @title The 95 %", "# @title How numbers")
+    names = run_cells(
+        "# @title The 95 %", "# @title How numbers", "# @title Intervals as"
+    )
     gains = np.full((2, 4000), 0.0)
     gains[:, 0] = 1
     assert names["points"](gains).startswith("+0.03 [-0.02, +0.07")
@@ -1126,7 +1155,8 @@ def test_drawing_of_networks_takes_any_network(settings):
             return self.head(self.body(x))
 
     names = run_cells("# @title The maps of a network", SETTINGS=settings, nn=nn)
-    assert [m[:2] for m in names["list_maps"](Wrapped(3))] == [(3, 32), (20, 1), (3, 1)]
+    maps = [m[:2] for m in names["list_maps"](Wrapped(3))]
+    assert maps == [(3, 32), (576, 1), (20, 1), (3, 1)]
     maps = names["list_maps"](kd.LeNet5())
     assert maps[:3] == [(3, 32, 0), (6, 28, 456), (6, 14, 0)]
 
@@ -1242,13 +1272,21 @@ def test_the_network_that_leaves_is_the_distilled_one_with_its_temperature(setti
         "BOTH": ["tiny"],
         "FITTED": {("tiny", "distilled"): 2.0},
     }
-    given |= {"finished": lambda *key: networks[key], "val_split": VAL, "json": json}
+    val = replace(VAL, classes=("a", "b", "Golfba\u0308lle"))
+    given |= {"finished": lambda *key: networks[key], "val_split": val, "json": json}
+    given |= {"unicodedata": unicodedata, "nn": nn, "v2": v2}
     settings.runs_dir.mkdir(parents=True)
-    path = run_cells("take_away =", nn=nn, v2=v2, **given)["take_away"]
     images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
     logits = networks["tiny", "distilled"](kd.normalise(images))
-    found = torch.export.load(path).module()(images).numpy()
-    assert np.allclose(found, (logits / 2).softmax(1).detach(), atol=1e-5)
+    for count, temperature in ((99, 1), (100, 2)):  # fitted on too few, or on enough
+        given["held_out"] = SimpleNamespace(targets=torch.zeros(count))
+        path = run_cells("take_away =", **given)["take_away"]
+        extra = {"about.json": ""}
+        found = torch.export.load(path, extra_files=extra).module()(images).numpy()
+        assert np.allclose(found, (logits / temperature).softmax(1).detach(), atol=1e-5)
+        about = json.loads(extra["about.json"])
+        assert about["temperature"] == temperature and about["image_size"] == 32
+        assert about["classes"] == ["a", "b", "Golfb\u00e4lle"]
 
 
 # ── All of it: the run that began with the first test ──────────────────────
@@ -1286,11 +1324,11 @@ def test_whole_run_of_imagewoof_and_its_network_leaves(whole_run):
     for told in (
         "Left out: 1 × cannot be read, such as `b/broken.jpg`",
         "Left out: 1 × no image (.txt), such as `a/notes.txt`",
-        "0 photographs of `val` also stand in `train`",
-        "Nearly the same, on one side, with one label: 1 pairs",
-        "Fewer than 50 photographs to learn from: a, b, ç.",
+        "Photographs of `val` that also stand in `train`: 0.",
+        "one side, with one label: 1, such as `a/0.png` and `a/again.png`.",
+        "Few photographs to learn from (below 50): ",
         "mobilenet_v3_small (mobile.pth), alone: ",
-        "it started from random weights",
+        "its weights at the start: random",
         "*With photographs without labels, too?* ",
     ):
         assert told in text, told
