@@ -156,6 +156,12 @@ def save(path, pixels, **options):
     Image.fromarray(pixels).save(path, **options)
 
 
+def unmark(path):
+    """Takes away the mark that names are in UTF-8: a Mac does not set it."""
+    path.write_bytes(path.read_bytes().replace(b"\0\x08\0\0", b"\0\0\0\0"))
+    return path
+
+
 def make_zip(folder):
     """As a Mac makes it, of photographs by class and of some without labels."""
     pets = folder / "own pets"
@@ -174,10 +180,7 @@ def make_zip(folder):
                 f"__MACOSX/{name.replace(path.name, '._' + path.name)}", "x"
             )
     shutil.rmtree(pets)
-    # A Mac does not mark its names as UTF-8
-    content = (folder / "own.zip").read_bytes()
-    (folder / "own.zip").write_bytes(content.replace(b"\0\x08\0\0", b"\0\0\0\0"))
-    return folder / "own.zip"
+    return unmark(folder / "own.zip")
 
 
 def same(first, second):

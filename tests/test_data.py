@@ -224,6 +224,22 @@ def test_a_fifth_is_set_aside_and_copies_stay_on_one_side(tmp_path):
     assert torch.equal(again["val"].places, found["val"].places)
 
 
+def test_a_chain_of_copies_stays_together_and_sides_have_their_sizes(monkeypatch):
+    chain = torch.tensor([[0, 5], [3, 5], [5, 9], [20, 21], [21, 22]])
+    monkeypatch.setattr(kd, "find_copies", lambda split: chain)
+    split = make_split(60)
+    train, val = kd.split_off(split)
+    assert val.targets.bincount().sum() == 3 * 4  # a fifth of 20 photographs a class
+    assert sorted([*train.places.tolist(), *val.places.tolist()]) == list(range(60))
+    for together in ({0, 3, 5, 9}, {20, 21, 22}):
+        assert len(together & set(val.places.tolist())) in (0, len(together))
+    pairs = torch.arange(60).view(2, 30).T  # each has one copy
+    monkeypatch.setattr(kd, "find_copies", lambda split: pairs)
+    assert len(kd.split_off(split)[1]) == 12
+    part = split.subset(torch.arange(9)).subset(torch.arange(3))
+    assert part.whole is split and part.places.tolist() == [0, 1, 2]
+
+
 def as_split(pictures):
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     number = torch.arange(len(images))

@@ -50,6 +50,7 @@ from conftest import (
     smaller,
     text_of,
     tiny,
+    unmark,
 )
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import Markdown
@@ -228,6 +229,8 @@ def test_own_photographs_are_found_in_folders_and_zips(tmp_path):
     zip_of("cat/1.jpg", "dog/1.jpg", path=plain)  # another one of the same name
     folder = find(plain, data)
     assert folder.parent == data and kd.class_folders(folder) == ["cat", "dog"]
+    mac = unmark(zip_of("Bälle/1.jpg", "dog/1.jpg", path=tmp_path / "mac.zip"))
+    assert kd.class_folders(find(mac, data)) == ["Bälle", "dog"]
     sides = zip_of("x/train/a/1.jpg", "x/val/a/1.jpg", path=tmp_path / "sides.zip")
     assert kd.class_folders(find(sides, data)) == ["train", "val"]
 
@@ -516,6 +519,8 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
         found = names["no_label_loss"](logits, 2 * logits, label, recipe).item()
         kl = (p * (p / q).log()).sum().item()
         assert found == pytest.approx(T**2 * kl, rel=1e-4)
+        none = names["no_label_loss"](logits, 2 * logits, -1 + 0 * label, recipe)
+        assert none.item() == pytest.approx(found)
     given = {"kd": SimpleNamespace(Stage=Mock()), "train": Mock(), "SETTINGS": settings}
     arms = {
         "class mean": names["class_mean_loss"],
@@ -1097,6 +1102,24 @@ def test_advice_follows_the_numbers(settings, report):
 
 def interval_of(arm):
     return [100 * value for value in find_interval(each(arm) - each("alone"))]
+
+
+def test_arms_of_one_length_have_the_same_epochs():
+    def order(**epochs):
+        students = {}
+        for arm, count in epochs.items():
+            state = {"history": {"loss": [0.0] * count}}
+            students["a", arm] = {0: state}
+        given = {"results": SimpleNamespace(students=students), "re": re}
+        cells = ["# @title Colours", "# @title Which arms are compared?"]
+        return run_cells(*cells, "# @title Which networks and arms", **given)["ARMS"]
+
+    arms = {"distilled, unlabelled too": 1, "alone for 3 epochs": 3, "alone ×2": 4}
+    arms |= {"distilled": 2, "alone": 2, "distilled ×2": 4}
+    [found] = order(**arms).values()
+    assert found[0] == "alone" and sorted(found) == sorted(arms)
+    with pytest.raises(ValueError, match="end a longer's name in ×2"):
+        order(**arms, mine=5)
 
 
 @pytest.mark.parametrize(
