@@ -558,13 +558,16 @@ def class_folders(folder: Path) -> list[str]:
     return sorted({p.name for p in folder.glob("[!.]*/")} - {"unlabelled", "__MACOSX"})
 
 
-def find_classes(folder: Path, sides) -> list[str]:
+def find_classes(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The sides, train and val or only the folder itself, and {class folder: label}."""
+    is_split = (folder / "train").is_dir() and (folder / "val").is_dir()
+    sides = ("train", "val") if is_split else (".",)
     first, last = (class_folders(folder / side) for side in (sides[0], sides[-1]))
     if differ := sorted(set(first) ^ set(last)):
         raise ValueError(f"{folder}: train and val differ by the classes {differ}")
     if len(first) < 2 or {"train", "val", "valid", "test"} & set(first):
         raise ValueError(f"{folder}: need train and val, or class folders; has {first}")
-    return first
+    return sides, {name: label for label, name in enumerate(first)}
 
 
 def list_photographs(folder: Path, numbers: dict[str, int]) -> list[tuple[str, int]]:
@@ -578,29 +581,26 @@ def list_photographs(folder: Path, numbers: dict[str, int]) -> list[tuple[str, i
 
 def load_splits(folder, size: int, names=None) -> dict[str, Split]:
     """Decodes `train`, `val` and, which may be empty, `unlabelled`. Without train and
-    val, a fifth of each class becomes val. What is hidden, is no image or cannot be
-    read is left out. `names`: {folder: name of the class}, where these differ.
-    ValueError: classes that are too few, that differ, or are empty."""
+    val, a fifth of each class becomes val. What is hidden, no image or cannot be read
+    is left out. `names`: {folder: name of the class}. ValueError: classes that are too
+    few, that differ, or are empty."""
     folder = Path(folder)
-    is_split = (folder / "train").is_dir() and (folder / "val").is_dir()
-    sides = ("train", "val") if is_split else (".",)
-    classes = find_classes(folder, sides)
-    numbers = {name: label for label, name in enumerate(classes)}
+    sides, numbers = find_classes(folder)
     listed = {side: list_photographs(folder / side, numbers) for side in sides}
     listed["unlabelled"] = list_photographs(folder, {"unlabelled": -1})
 
     paths = [path for side in listed.values() for path, _ in side]
     images, readable = decode(paths, size)
     if not readable.any():
-        raise ValueError(f"{folder}: no photograph that can be read, in {classes}")
-    classes = tuple((names or {}).get(name, name) for name in classes)
+        raise ValueError(f"{folder}: no photograph that can be read, in {[*numbers]}")
+    classes = tuple((names or {}).get(name, name) for name in numbers)
     splits, first = {}, 0
     for side, photographs in listed.items():
         places = torch.arange(first, first := first + len(photographs))
         labels = torch.tensor([label for _, label in photographs], dtype=torch.int64)
         good = [column[readable[places]].to(DEVICE) for column in (places, labels)]
         splits[side] = Split(images, paths, classes, *good)
-    if not is_split:
+    if "." in splits:
         splits["train"], splits["val"] = split_off(splits.pop("."))
 
     for side in ("train", "val"):
