@@ -66,7 +66,7 @@ class Bench:
         self.folder, self.repeats = Path("data/imagewoof2-160"), repeats
         if not self.folder.exists():
             self.folder = draw_random_dataset(Path(self.scratch.name, "random"))
-        whole = kd.load_split(self.folder, "train", size)
+        whole = kd.load_splits(self.folder, size)["train"]
         self.chosen = torch.linspace(0, len(whole) - 1, min(images, len(whole))).long()
         self.split = whole.subset(self.chosen.to(kd.DEVICE))
         numbers = {"image_size": size, "batch_size": batch_size, "epochs": 1}
