@@ -1,5 +1,6 @@
 """The two notebooks: alike, clean, and able to run top to bottom, also in parts."""
 
+import inspect
 import io
 import json
 import math
@@ -1378,7 +1379,8 @@ def test_whole_run_of_imagewoof_and_its_network_leaves(whole_run):
     assert about["classes"] == ["a", "b", "ç"] and about["image_size"] == 32
     assert about["torch"] == torch.__version__
 
-    # Photographs that are turned, transparent, or of 16 bits
+    # Photographs that are turned, transparent, or of 16 bits are read as in training
+    assert inspect.getsource(kd.read_image) in (folder / "use_student.py").read_text()
     exif, picture = Image.Exif(), scene(7)
     exif[0x0112] = 6
     Image.fromarray(picture).save(folder / "x.jpg", exif=exif)
