@@ -161,15 +161,21 @@ def choose(dataset, profile="", **form):
 def test_profiles_networks_and_folders_are_chosen_by_name(
     monkeypatch, capsys, tmp_path
 ):
-    for profile, chosen in {"small": (96, 3, 16), "full": (128, 5, 20)}.items():
+    three, trials = (5, 6, 7), (200, 201, 202)
+    chosen = {"small": (96, 16, three, trials), "full": (128, 20, three, (200, 201))}
+    if kd.DEVICE.type == "cuda":
+        chosen["full"] = (128, 20, (5, 6, 7, 8, 9), trials)
+    for profile, numbers in chosen.items():
         found = choose("own/demo", profile)["SETTINGS"]
-        assert (found.image_size, len(found.seeds), found.epochs) == chosen
+        sizes = found.image_size, found.epochs
+        assert (*sizes, found.seeds, found.trial_seeds) == numbers
         assert found.dataset == "own/demo" and found.runs_dir.name == f"demo-{profile}"
     assert ("No GPU" in capsys.readouterr().out) == (kd.DEVICE.type == "cpu")
     with pytest.raises(ValueError, match="'tpu' is none of full, small, demo"):
         choose("imagenette2-160", "tpu")
     monkeypatch.setenv("KD_RUNS_DIR", "~/kd")
     monkeypatch.setenv("KD_SEEDS", "4")
+    assert choose("own", "full")["SETTINGS"].seeds == (5, 6, 7, 8)
     found = choose("imagenette2-160", "demo")["SETTINGS"]
     assert (found.seeds, found.epochs, found.teacher_weights) == ((0, 1, 2, 3), 2, None)
     assert found.dataset == "data/demo" and "~" not in str(found.runs_dir)
