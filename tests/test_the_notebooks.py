@@ -153,8 +153,8 @@ def choose(dataset, profile="", **form):
     names |= {"LENGTHS": "auto", "RUN_FEW_LABELS": "auto"}
     names |= {"NETWORKS": "Custom CNN, LeNet-5", "TEACHER": "resnet50:IMAGENET1K_V1"}
     names |= form | {"partial": partial}
-    cells = ["PROFILES =", "# @title Choose the profile", "# @title The networks, by"]
-    cells.append("teacher_name, weights =")
+    cells = ["PROFILES =", "# @title Choose the profile", "# @title Which parts run"]
+    cells += ["# @title The networks, by", "teacher_name, weights ="]
     return run_cells(*cells, asdict=asdict, **names)
 
 
@@ -412,7 +412,8 @@ def chosen(settings, monkeypatch, capsys):
     Given.made = []
     cells = ["def label_loss", "def fine_tune_teacher", "is_tenth ="]
     cells += ["from contextlib import", "# @title Answers at several temp"]
-    cells += ["def change", "def best_of", "run_choices =", "def distilled_loss"]
+    cells += ["def change", "def best_of", "def choose(", "run_choices ="]
+    cells.append("def distilled_loss")
     given["train"] = lambda stage: print(f"{stage.name}\nx is now y: z")
     names = run_cells(*cells, "trial_teacher =", "ALPHAS =", **given)
     return names, Given.made
@@ -1201,9 +1202,9 @@ def solution(name):
 
 def told(name, code):
     """What the check of a task prints for this code."""
-    first = "# @title What may be wrong with a loss"
-    second = "# @title What a value tells"
-    checks = {"my_loss": [first, second, "# @title Check the loss"]}
+    first = "# @title What may be wrong with its dist"
+    second, third = "# @title What may be wrong with a loss", "# @title What a value"
+    checks = {"my_loss": [first, second, third, "# @title Check the loss"]}
     first = "# @title Two steps of a student of one weight"
     checks["my_step"] = [first, "# @title Check the step"]
     first = "# @title What may be wrong with class means"
