@@ -1030,7 +1030,8 @@ def test_rank_correlation_shares_ranks_and_has_the_bootstraps_interval(alike):
             states["x", arm] = {s: {"logits": each} for s, each in enumerate(draws)}
     given = {"num_classes": 3, "truth": truth, "model_logits": model, "TAUGHT": []}
     given |= {"results": SimpleNamespace(students=states), "Markdown": str}
-    cells = "# @title Confusions", "# @title Are the students", "# @title The rank corr"
+    cells = ["# @title Confusions", "# @title Are the students"]
+    cells += ["# @title New draws", "# @title The rank corr"]
     names = run_cells(*cells, **given)
     assert names["ranks"](np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
     text = names["tell_correlation"]("x")
@@ -1248,8 +1249,8 @@ TASKS = [  # task, what is wrong in the solution, what the check says
     ("my_loss", "kl = ", "kl = nothing + ", "stops: name 'nothing'"),
     ("my_step", "", "", "Right."),
     ("my_step", "student.optimizer.zero_grad()", "pass", "zero_grad"),
-    ("my_step", "loss.backward()", "pass", "First backward"),
-    ("my_step", "student.optimizer.step()", "pass", "weight does not change"),
+    ("my_step", "loss.backward()", "pass", "then backward"),
+    ("my_step", "student.optimizer.step()", "pass", "the weight stays"),
     ("my_step", "student.schedule.step()", "pass", "learning rate stays"),
     (
         "my_step",
