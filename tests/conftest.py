@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,10 +77,15 @@ def run_cells(*starts, **names):
 
 
 def read_results(runs_dir, val):
-    """What the report reads."""
+    """What the first cells of the report define."""
     cells = ["# @title What the finished", "# @title Are they of one"]
-    given = {"SETTINGS": kd.Settings(runs_dir=runs_dir), "val_split": val}
-    return run_cells(*cells, "# @title Read the results", **given)["results"]
+    cells += [
+        "# @title Read the results",
+        "# @title Which arms are",
+        "# @title What a verdict",
+    ]
+    given = {"SETTINGS": kd.Settings(runs_dir=runs_dir), "val_split": val, "re": re}
+    return run_cells(*cells, **given)
 
 
 find_interval = run_cells("# @title The 95 % interval")["find_interval"]

@@ -517,12 +517,12 @@ def test_gains_are_paired_by_seed_and_take_any_metric(settings):
     one, splits = replace(settings, seeds=(1,)), (make_split(), VAL)
     longer = make_stage(one, {"longer": label_loss}, name="x", splits=splits)
     finish(longer, {("longer", 1): 2 * ANSWERS["distilled", 1]})
-    results = read_results(settings.runs_dir, VAL)
+    gains_of = read_results(settings.runs_dir, VAL)["gains_of"]
     for arm, other in (("distilled", "alone"), ("alone", "class mean")):
         pairs = [(RIGHT[arm][seed], RIGHT[other][seed]) for seed in (1, 0)]
         expected = sorted((a.int() - b.int()).tolist() for a, b in pairs)
-        assert sorted(results.gains("tiny", arm, other).tolist()) == expected
-    found = results.gains("tiny", "longer", "alone", lambda logits, _: logits.amax(1))
+        assert sorted(gains_of("tiny", arm, other).tolist()) == expected
+    found = gains_of("tiny", "longer", "alone", lambda logits, _: logits.amax(1))
     assert found.tolist() == [SURE.tolist()]  # of the seed that both have
     finish(make_stage(settings, name="once more"), ANSWERS)
     with pytest.raises(ValueError, match=r"once more\.pt repeats alone"):
@@ -581,6 +581,6 @@ def test_what_is_unfinished_damaged_or_a_trial_is_left_out_and_alone(settings, c
     before = sorted(settings.runs_dir.rglob("*"))
     others = {"2 times as long", "few labels", "few labels, teacher", "teacher"}
     others.add("alone for 3 epochs")
-    assert set(read_results(settings.runs_dir, VAL).stages) == others
+    assert set(read_results(settings.runs_dir, VAL)["STAGES"]) == others
     assert capsys.readouterr().out.count("is no file of a stage: it is left alone") == 2
     assert sorted(settings.runs_dir.rglob("*")) == before

@@ -45,6 +45,7 @@ from conftest import (
     make_study,
     photograph,
     read,
+    read_results,
     run_cells,
     save,
     scene,
@@ -871,15 +872,14 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
     assert "| 1 of 2 |" in starting(report()[0], "Did it help")
 
 
-def test_a_student_is_compared_with_a_fine_tuned_one(capsys):
+def test_a_student_is_compared_with_a_fine_tuned_one(tmp_path):
     right = {("a", "distilled"): [1, 1, 1, 1, 0], ("b", "alone"): [1, 0, 0, 0, 0]}
     right |= {("a", "alone"): [0, 0, 0, 0, 0], ("b", "distilled"): [1, 1, 0, 0, 0]}
     values = {key: np.tile(row, (2, 40)) for key, row in right.items()}
-    results = SimpleNamespace(
-        values=lambda name, arm: dict(enumerate(values[name, arm])), students=values
-    )
     shown, both = [], ("alone", "distilled")
-    given = {"results": results, "ARMS": dict.fromkeys("ab", both), "BOTH": ["a", "b"]}
+    given = {"ARMS": dict.fromkeys("ab", both), "BOTH": ["a", "b"]}
+    given["values_of"] = lambda name, arm: dict(enumerate(values[name, arm]))
+    given["paired"] = read_results(tmp_path, VAL)["paired"]
     given |= {"PRETRAINED": {"b": "x.pth"}, "Markdown": shown.append, "in_train": None}
     given |= {
         "product": product,
@@ -969,6 +969,16 @@ def test_report_says_what_became_of_the_probabilities(settings, report):
         assert curve == pytest.approx(np.array(means), abs=1e-4)
 
 
+def test_temperatures_of_other_images_are_refused(settings, report):
+    make_study(settings)
+    former = settings.runs_dir / "held out/for the temperatures.pt"
+    saved = kd.read_checkpoint(former)
+    saved["record"]["study"]["images of val"] = "others"
+    torch.save(saved, former)
+    with pytest.raises(ValueError, match=r"images of val was .* and is others"):
+        report()
+
+
 def test_report_says_whether_the_teacher_was_followed(settings, report):
     make_study(settings)
     texts, figures = report()
@@ -1029,7 +1039,7 @@ def test_rank_correlation_shares_ranks_and_has_the_bootstraps_interval(alike):
             draws[1] = draws[1] if alike else torch.randn(300, 3)
             states["x", arm] = {s: {"logits": each} for s, each in enumerate(draws)}
     given = {"num_classes": 3, "truth": truth, "model_logits": model, "TAUGHT": []}
-    given |= {"results": SimpleNamespace(students=states), "Markdown": str}
+    given |= {"TRAINED": states, "Markdown": str}
     cells = ["# @title Confusions", "# @title Are the students"]
     cells += ["# @title New draws", "# @title The rank corr"]
     names = run_cells(*cells, **given)
@@ -1055,7 +1065,7 @@ def test_fewer_mistakes_of_every_kind_are_no_shift():
         for arm, wrong in answers.items()
     }
     given = {"num_classes": 3, "truth": truth, "model_logits": torch.randn(360, 3)}
-    given["results"] = SimpleNamespace(students=states)
+    given["TRAINED"] = states
     names = run_cells("# @title Confusions", "# @title Are the students", **given)
     assert np.isnan(names["rank_correlation"]("x", [0], slice(None)))
 
@@ -1119,7 +1129,7 @@ def test_arms_of_one_length_have_the_same_epochs():
         for arm, count in epochs.items():
             state = {"history": {"loss": [0.0] * count}}
             students["a", arm] = {0: state}
-        given = {"results": SimpleNamespace(students=students), "re": re}
+        given = {"TRAINED": students, "re": re}
         cells = ["# @title Colours", "# @title Which arms are compared?"]
         return run_cells(*cells, "# @title Which networks and arms", **given)["ARMS"]
 
