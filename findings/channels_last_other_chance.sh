@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # torch 2.14.1, on a CPU: what a seed gives depends on the memory format. The same seed
 # draws another dropout mask, another rand_like and other initial weights for a
-# channels_last tensor than for a contiguous one of the same shape: dropout and rand_like
-# deal the numbers out in the order of memory. (dropout2d is not touched.) So a network that is turned to
-# channels_last before its weights are drawn anew, or a run that turns it on for speed, is
-# not "the same seed" any more. And nn.init.orthogonal_ does not take such weights at all.
+# channels_last tensor than for a contiguous one of the same shape: dropout and
+# rand_like deal the numbers out in the order of memory. (dropout2d is not touched.) So
+# a network that is turned to channels_last before its weights are drawn anew, or a run
+# that turns it on for speed, is not "the same seed" any more. And nn.init.orthogonal_
+# does not take such weights at all.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# KD-Lib 0.0.32: VanillaKD is "the original implementation" of Hinton et al. (2015). One
+# KD-Lib 0.0.32: VanillaKD stands there as the method of Hinton et al. (2015). One
 # expects a student that is in training mode in every epoch, and a KL of softened answers.
 # - The student is in training mode in the first epoch only: train() is called once, and
 #   the evaluation after each epoch leaves it in eval(). From the second epoch on there is
