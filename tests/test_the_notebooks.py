@@ -58,6 +58,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import Markdown
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import is_image_file
 from torchvision.datasets.utils import calculate_md5
@@ -597,15 +598,25 @@ def test_longer_and_few_labels_get_what_they_should(settings, monkeypatch):
     assert held_out.losses == {arm: losses[f"{part}_loss"] for arm, part in PARTS}
 
 
+def attending(num_classes):
+    """A transformer's layer for 8 tokens of 16 numbers."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    patches = nn.Conv2d(3, 8, 8, stride=8, bias=False)  # 16 of them
+    return nn.Sequential(patches, nn.Flatten(2), layer)
+
+
 def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypatch):
     Given.made = []
     monkeypatch.setattr(kd, "Stage", Given)
     settings = replace(settings, epochs=20, teacher_epochs=2)
     counts = {"a": 240.0, "b": 7.0, "teacher": 1330.0}
     given = {"partial": partial, "num_classes": 3, "FlopCounterMode": FlopCounterMode}
+    given |= {"SDPBackend": SDPBackend, "sdpa_kernel": sdpa_kernel}
     given["STUDENTS"] = {"a": tiny, "b": tiny}
     names = run_cells("# @title Multiply-adds of", SETTINGS=settings, **given)
     assert names["count_multiply_adds"](tiny, 32) == 7 * 7 * 8 * 75 + 8 * 3
+    by_hand = 16 * 8 * 3 * 64 + 4 * 8 * 16**2 + 2 * 8**2 * 16 + 2 * 8 * 16 * 32
+    assert names["count_multiply_adds"](attending, 32) == by_hand
     given = {"SETTINGS": settings, "BUILDS": dict(zip(counts, counts, strict=True))}
     given["STUDENTS"] = {"a": tiny, "b": tiny}
     given |= {
@@ -647,6 +658,47 @@ def test_estimate_of_minutes_counts_every_pass(settings):
     expected["temperatures"] = 2 * arm / 3 + reading + tuning
     expected["all"] = sum(expected.values())
     assert found == {part: f"{minutes:.0f}" for part, minutes in expected.items()}
+
+
+class Sized(nn.Sequential):
+    """For images of one size only, as torchvision's transformers."""
+
+    def forward(self, images):
+        assert images.shape[-1] == 32, "wrong height"
+        return super().forward(images)
+
+
+class Twice(nn.Sequential):
+    """Of two outputs, as GoogLeNet."""
+
+    def forward(self, images):
+        return (super().forward(images),) * 2
+
+
+def test_networks_for_one_size_of_images(settings):
+    given = {"num_classes": 3, "train_split": VAL, "SETTINGS": settings}
+    given["BUILDS"] = {"sized": lambda num_classes: Sized(tiny(num_classes))}
+    cell = "# @title Can every network learn"
+    run_cells(cell, **given)
+    given["train_split"] = replace(VAL, pixels=VAL.pixels[..., :16, :16])
+    message = rf"sized cannot learn .* {settings.image_size} pixels.*\(wrong height"
+    with pytest.raises(ValueError, match=message):
+        run_cells(cell, **given)
+    given["BUILDS"] = {"two": lambda num_classes: Twice(tiny(num_classes))}
+    with pytest.raises(ValueError, match=r"two cannot learn .*need logits \(4, 3\)"):
+        run_cells(cell, **given)
+
+    def estimate(settings, *_):
+        assert settings.image_size in (96, 32)
+        return {"all": settings.image_size}
+
+    given |= {"estimate": estimate, "SPEEDS": {"full": ("T", 1), "small": ("C", 1)}}
+    given |= {"PROFILES": {"full": {}, "small": {"image_size": 96}}, "DATASET": ""}
+    given |= {"has_gpu": False, "table": lambda *lines: lines}
+    given["Markdown"] = shown = Mock()
+    run_cells("# @title How long will it take?", **given)
+    header = ["minutes for", "small on C", "these SETTINGS on C"]
+    assert shown.call_args[0][0] == (header, [["all", 96, 32]])
 
 
 PARTS = (("alone", "label"), ("distilled", "distilled"))
@@ -775,6 +827,7 @@ def report(settings, monkeypatch):
         given |= {"num_classes": 3, "trial_splits": (None, HELD_OUT), "nn": nn}
         given |= {"product": product, "combinations": combinations, "plt": plt}
         given |= {"FlopCounterMode": FlopCounterMode, "partial": partial, "re": re}
+        given |= {"SDPBackend": SDPBackend, "sdpa_kernel": sdpa_kernel}
         given |= {"DATASET": "own-160", "profile": "demo", "json": json}
         given |= {"asdict": asdict, "STUDENTS": {"tiny": tiny}, "PRETRAINED": {}}
         given |= {"never_seen": np.arange(24) % 4 == 0, "in_train": PLACE % 5 == 1}
