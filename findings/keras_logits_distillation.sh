@@ -4,8 +4,8 @@
 # no T². Its default loss, the string "kl_divergence", becomes a function, and only an
 # instance of the class `keras.losses.KLDivergence` is treated as KL. So the raw logits / T
 # are read as probabilities, which Keras clips to 1e-7 … 1: logits below 0 are all alike,
-# and so are those above T. A student that is sure of the same class as its teacher has the
-# loss 0, whatever the rest: what distillation should teach is lost. With
+# and so are those above T. So answers that differ a lot can have the loss 0, as those
+# below, which agree only in what is sure: what distillation should teach is lost. With
 # `loss=keras.losses.KLDivergence()`, it is T² · KL of the softened answers.
 set -euo pipefail
 folder=$(mktemp -d)
