@@ -1446,7 +1446,7 @@ def test_whole_run_of_imagewoof_and_its_network_leaves(whole_run):
         "Few photographs to learn from (below 50): ",
         "mobilenet_v3_small (mobile.pth), alone: ",
         "its weights at the start: random",
-        "*With photographs without labels, too?* ",
+        "*with photographs without labels, too*: ",
     ):
         assert told in text, told
     folder = folder / "runs/own-demo"
