@@ -525,8 +525,10 @@ def read_image(path: str | Path, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)  # as the camera was held
+            zero_is_white = getattr(file, "tag_v2", {}).get(262) == 0  # in a TIFF
         if image.mode[0] in "IF":  # 16 or 32 bits, whose white is not known
             grey = np.asarray_chkfinite(image, dtype=float)
+            grey = -grey if zero_is_white else grey  # of 8 bits, Pillow does this
             grey = 255 * (grey - grey.min()) / max(np.ptp(grey), 1e-9)
             image = Image.fromarray(grey.round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
@@ -582,8 +584,7 @@ def list_photographs(folder: Path, numbers: dict[str, int]) -> list[tuple[str, i
 def load_splits(folder, size: int, names=None) -> dict[str, Split]:
     """Decodes `train`, `val` and, which may be empty, `unlabelled`. Without train and
     val, a fifth of each class becomes val. What is hidden, no image or cannot be read
-    is left out. `names`: {folder: name of the class}. ValueError: classes that are too
-    few, that differ, or are empty."""
+    is left out. `names`: {folder: its class}. ValueError: classes few, empty, unlike."""
     folder = Path(folder)
     sides, numbers = find_classes(folder)
     listed = {side: list_photographs(folder / side, numbers) for side in sides}
@@ -613,8 +614,7 @@ def load_splits(folder, size: int, names=None) -> dict[str, Split]:
 
 def find_copies(split: Split) -> Tensor:
     """Pairs [K, 2] of places in a split: photographs that are nearly the same, or
-    mirrored. Of Imagewoof's, copies are alike by 0.97 or more; others, and all of
-    Imagenette, by 0.94 or less."""
+    mirrored. Copies in Imagewoof are alike by 0.97 or more, others by 0.94 or less."""
     small = [F.adaptive_avg_pool2d(batch.float(), 16) for batch in split.batches()]
     looks, found = torch.cat([look(images) for images in small]), []
     for start, images in zip(range(0, len(looks), 256), small, strict=True):

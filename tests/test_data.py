@@ -324,6 +324,10 @@ def test_images_are_upright_cut_at_the_centre_and_put_on_white(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name)
         found = kd.read_image(tmp_path / name, 32)
         assert (found[:, :, 5].float() - expected).abs().max() <= 1, name
+    for pixels in (deep["x.png"], deep["x.tif"]):  # a TIFF may say that 0 is white
+        Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo={262: 0})
+        found = kd.read_image(tmp_path / "x.tif", 32)
+        assert (found[:, :, 5].float() - (255 - expected)).abs().max() <= 1
     steps[3, 3] = np.nan
     Image.fromarray(steps.astype(np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=r"cannot read the image .*x\.tif.*NaN"):
