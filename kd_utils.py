@@ -584,7 +584,7 @@ def list_photographs(folder: Path, numbers: dict[str, int]) -> list[tuple[str, i
 def load_splits(folder, size: int, names=None) -> dict[str, Split]:
     """Decodes `train`, `val` and, which may be empty, `unlabelled`. Without train and
     val, a fifth of each class becomes val. What is hidden, no image or cannot be read
-    is left out. `names`: {folder: its class}. ValueError: classes few, empty, unlike."""
+    is left out. `names`: {folder: its class}. ValueError: few, empty, unlike ones."""
     folder = Path(folder)
     sides, numbers = find_classes(folder)
     listed = {side: list_photographs(folder / side, numbers) for side in sides}
