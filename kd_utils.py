@@ -300,14 +300,10 @@ class Student:
         """Notes the loss, and the accuracies on a sample of `train` and on `val`.
         FloatingPointError: not finite (in float16, the scaler may skip some steps)."""
         self.in_epoch = False
-        logits = predict(self.network, val)
-        on_val = correct(logits, val.targets)
+        losses = torch.stack(self.losses).float().cpu()
+        self.logits = predict(self.network, val).cpu()
+        on_val = correct(self.logits, val.targets.cpu())
         on_sample = correct(predict(self.network, sample), sample.targets)
-        # Each reading from the device waits for it, so all is read at once
-        parts = [torch.stack(self.losses).float(), on_sample, on_val, logits.flatten()]
-        parts = torch.cat(parts).cpu().split([len(part) for part in parts])
-        losses, on_sample, on_val, logits = parts
-        self.logits = logits.view(len(val), -1).clone()
         good_losses = losses[losses.isfinite()]
         if 2 * len(good_losses) < len(losses) or not self.logits.isfinite().all():
             raise FloatingPointError(f"{self} is not finite: lower its learning rate")
@@ -565,7 +561,8 @@ def find_classes(folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     is_split = (folder / "train").is_dir() and (folder / "val").is_dir()
     sides = ("train", "val") if is_split else (".",)
     first, last = (class_folders(folder / side) for side in (sides[0], sides[-1]))
-    if differ := sorted(set(first) ^ set(last)):
+    differ = sorted(set(first) ^ set(last))
+    if differ:
         raise ValueError(f"{folder}: train and val differ by the classes {differ}")
     if len(first) < 2 or {"train", "val", "valid", "test"} & set(first):
         raise ValueError(f"{folder}: need train and val, or class folders; has {first}")
@@ -597,7 +594,8 @@ def load_splits(folder, size: int, names=None) -> dict[str, Split]:
     classes = tuple((names or {}).get(name, name) for name in numbers)
     splits, first = {}, 0
     for side, photographs in listed.items():
-        places = torch.arange(first, first := first + len(photographs))
+        places = first + torch.arange(len(photographs))
+        first += len(photographs)
         labels = torch.tensor([label for _, label in photographs], dtype=torch.int64)
         good = [column[readable[places]].to(DEVICE) for column in (places, labels)]
         splits[side] = Split(images, paths, classes, *good)

@@ -231,13 +231,13 @@ def test_float16_skips_a_step_but_not_an_epoch(exact, settings, train):
         train(stage)  # two steps of three in an epoch
 
 
-def test_an_epoch_ends_with_one_wait_for_the_device(settings, monkeypatch):
+def test_an_epoch_ends_with_few_waits_for_the_device(settings, monkeypatch):
     stage, read = make_stage(settings, networks=kd.STUDENTS), Mock(wraps=torch.clone)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: read(tensor))
     for number, student in enumerate(stage.students, start=1):
-        student.losses = [torch.tensor(1.0)]
+        student.losses = 50 * [torch.tensor(1.0)]
         student.end_epoch(make_split(), make_split(24))
-        assert read.call_count == number
+        assert read.call_count <= 4 * number  # not one for each step or weight
 
 
 # ── Checkpoints ───────────────────────────────────────────────────────────

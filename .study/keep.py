@@ -1,0 +1,28 @@
+"""Packs what finished students left, without their weights, for another machine.
+
+python .study/keep.py runs
+"""
+
+import lzma
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import torch
+
+STUDY = Path(__file__).resolve().parent
+runs = Path(sys.argv[1])
+
+for path in sorted(runs.glob("**/students/**/*.pt")):
+    packed = STUDY / path.relative_to(runs).with_name(f"{path.name}.xz")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    is_finished = len(saved["seconds"]) == saved["record"]["epochs"]
+    is_teacher = any(network == "teacher" for network, _, _ in saved["students"])
+    if is_finished and not is_teacher and not packed.exists():
+        for state in saved["students"].values():
+            state.pop("network", None)
+        content = BytesIO()
+        torch.save(saved, content)
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        packed.write_bytes(lzma.compress(content.getvalue(), preset=9))
+        print(packed.relative_to(STUDY), f"{packed.stat().st_size / 1e3:.0f} kB")
