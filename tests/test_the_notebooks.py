@@ -76,8 +76,8 @@ def test_imagenettes_code_is_in_order_a_part_of_imagewoofs():
 
 
 @pytest.mark.parametrize("name", [WOOF, NETTE])
-def test_committed_notebook_is_clean_run_once_and_quoted_by_the_readme(name):
-    notebook, readme = read(name), (ROOT / "README.md").read_text()
+def test_committed_notebook_is_clean_and_run_once(name):
+    notebook = read(name)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -86,9 +86,26 @@ def test_committed_notebook_is_clean_run_once_and_quoted_by_the_readme(name):
         if "plt.show()" in cell.source or "\nplot_" in cell.source:
             assert cell.metadata.cellView == "form"
             assert cell.metadata.jupyter.source_hidden
+
+
+def test_every_number_of_the_readme_was_printed():
+    """By a committed notebook, or into a file beside the tests."""
+    printed = [text_of(read(name)) for name in (WOOF, NETTE)]
+    printed += [path.read_text() for path in sorted((ROOT / "tests").glob("*.txt"))]
+    printed, readme = "\n".join(printed), (ROOT / "README.md").read_text()
+    numbers = []
+    for part in ("Results", "How fast"):
+        text = readme.split(f"\n## {part}\n")[1].split("\n## ")[0]
+        # With its interval, if there is one
+        found = re.findall(r"[-+]?\d+\.\d+(?: \[.*?\])?", text)
+        assert len(found) >= 2
+        numbers += found
+    for number in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", printed), number
     _, *studies = (ROOT / "tests/full_h100.txt").read_text().split("## Image")
-    rows = re.findall(rf"^\| {name[:-9]} (\|.*\|)$", readme, re.MULTILINE)
-    assert len(rows) == 2 and all(row in studies[name == NETTE] for row in rows)
+    for name, study in zip(("Imagewoof", "Imagenette"), studies, strict=True):
+        rows = re.findall(rf"^\| {name} (\|.*\|)$", readme, re.MULTILINE)
+        assert len(rows) == 2 and all(row in study for row in rows)
 
 
 def test_first_screen_shows_the_published_run_or_the_latest(tmp_path, monkeypatch):
