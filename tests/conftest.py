@@ -2,13 +2,12 @@
 
 import io
 import os
-import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -62,15 +61,21 @@ def code_cells(name=WOOF):
     return [cell.source for cell in read(name).cells if cell.cell_type == "code"]
 
 
+@cache
 def find_cell(start):
     """The cell of Imagewoof that begins so."""
     [cell] = [source for source in code_cells() if source.startswith(start)]
     return cell
 
 
+COMMON = {}  # what the notebook imports, as its first cells do
+for start in ("# @title Figures", "# @title Imports", "# @title Import the libraries"):
+    exec(find_cell(start), COMMON)
+
+
 def run_cells(*starts, **names):
     """Runs these cells of Imagewoof, and returns what they define."""
-    names = {"kd": kd, "torch": torch, "F": F, "np": np, "Path": Path, **names}
+    names = {**COMMON, **names}
     for start in starts:
         exec(find_cell(start), names)
     return names
@@ -84,7 +89,7 @@ def read_results(runs_dir, val):
         "# @title Which arms are",
         "# @title What a verdict",
     ]
-    given = {"SETTINGS": kd.Settings(runs_dir=runs_dir), "val_split": val, "re": re}
+    given = {"SETTINGS": kd.Settings(runs_dir=runs_dir), "val_split": val}
     return run_cells(*cells, **given)
 
 

@@ -8,12 +8,9 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-import unicodedata
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from unittest.mock import Mock
@@ -56,13 +53,8 @@ from conftest import (
 )
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import Markdown
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.folder import is_image_file
-from torchvision.datasets.utils import calculate_md5
-from torchvision.transforms import v2
 
 import kd_utils as kd
 
@@ -127,7 +119,7 @@ def test_first_screen_shows_the_published_run_or_the_latest(tmp_path, monkeypatc
         path.write_text(json.dumps({**kept, "label": name}))
         os.utime(path, (number, number))
     figures = show_nothing(monkeypatch)
-    run_cells(cell, "# @title What comes out", plt=plt)
+    run_cells(cell, "# @title What comes out")
     assert figures[0].axes[0].get_title() == "label: imagewoof2-160-full"
 
 
@@ -168,13 +160,13 @@ def test_set_up_asks_until_it_gets_the_module(tmp_path, monkeypatch, capsys):
 
 
 def choose(dataset, profile="", **form):
-    names = {"DATASET": dataset, "PROFILE": profile, "KEEP_ON_DRIVE": False, "os": os}
+    names = {"DATASET": dataset, "PROFILE": profile, "KEEP_ON_DRIVE": False}
     names |= {"LENGTHS": "auto", "RUN_FEW_LABELS": "auto"}
     names |= {"NETWORKS": "Custom CNN, LeNet-5", "TEACHER": "resnet50:IMAGENET1K_V1"}
-    names |= form | {"partial": partial}
+    names |= form
     cells = ["PROFILES =", "# @title Choose the profile", "# @title Which parts run"]
     cells += ["# @title The networks, by", "teacher_name, weights ="]
-    return run_cells(*cells, asdict=asdict, **names)
+    return run_cells(*cells, **names)
 
 
 def test_profiles_networks_and_folders_are_chosen_by_name(
@@ -241,9 +233,8 @@ def zip_of(*names, path, **options):
 
 
 def test_own_photographs_are_found_in_folders_and_zips(tmp_path):
-    given = {"tempfile": tempfile, "ZipFile": ZipFile, "calculate_md5": calculate_md5}
     cells = "# @title Unpack a zip", "# @title Find photographs of your own"
-    find = run_cells(*cells, **given)["find_photographs"]
+    find = run_cells(*cells)["find_photographs"]
     data = tmp_path / "data"
     inside = "all/pets/cat/1.jpg", "all/pets/dog/2/2.jpg", "__MACOSX/all/._x"
     plain = zip_of(*inside, path=tmp_path / "pets.zip")
@@ -297,7 +288,7 @@ def test_health_of_the_data_is_told(tmp_path, settings):
     loaded, shown = kd.load_splits(tmp_path, 32), []
     splits = {f"{side}_split": loaded[side] for side in ("train", "val")}
     given = {"loaded": loaded, "folder": tmp_path, "num_classes": 2, **splits}
-    given |= {"replace": replace, "is_image_file": is_image_file, "SETTINGS": settings}
+    given["SETTINGS"] = settings
     cells = [
         "# @title The 95 %",
         "# @title How numbers",
@@ -345,7 +336,7 @@ def test_unlabelled_photographs_are_taught_in_as_many_steps(settings, monkeypatc
     train, val, rest = (whole.subset(part) for part in places.split([30, 10, 20]))
     rest = replace(rest, targets=torch.full_like(rest.targets, -1))
     train, rest = (replace(part, whole=None) for part in (train, rest))
-    given = {"replace": replace, "train_split": train, "val_split": val}
+    given = {"train_split": train, "val_split": val}
     join = run_cells("# @title Which photographs are there twice", **given)
     given |= {name: join[name] for name in ("join", "in_both")}
     given |= {"SETTINGS": replace(settings, epochs=49), "no_label_loss": len}
@@ -366,7 +357,7 @@ def test_unlabelled_photographs_are_taught_in_as_many_steps(settings, monkeypatc
 
 def test_demo_draws_shapes_that_belong_to_their_class(tmp_path):
     cell = "# @title Draw the demo's photographs"
-    draw = run_cells(cell, Image=Image, ImageDraw=ImageDraw)["draw_demo_dataset"]
+    draw = run_cells(cell)["draw_demo_dataset"]
     draw(tmp_path / "demo")
     split = kd.load_splits(tmp_path / "demo", 96)["train"]
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
@@ -423,9 +414,7 @@ def chosen(settings, monkeypatch, capsys):
     numbers = {"teacher": "resnet18", "teacher_weights": None, "teacher_epochs": 7}
     numbers |= {"trial_epochs": 5, "trial_seeds": (100, 101, 102)}
     given = {"SETTINGS": replace(settings, **numbers), "train_split": make_split(500)}
-    given |= {"replace": replace, "partial": partial, "product": product, "re": re}
     given |= {"RUN_CHOICES": "auto", "run_all": True, "splits": (make_split(), VAL)}
-    given["io"] = io
     monkeypatch.setattr(kd, "Stage", Given)
     given["STUDENTS"] = {"a": tiny, "b": tiny}
     Given.made = []
@@ -496,7 +485,7 @@ def test_a_choice_is_told_with_the_lead_over_the_runner_up(monkeypatch):
         "def best_of",
     ]
     cells += ["# @title A choice as a table", "# @title A choice as a figure"]
-    names = run_cells(*cells, Markdown=shown.append, plt=plt)
+    names = run_cells(*cells, Markdown=shown.append)
     right = [[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 0, 0]]
     hits = {(2.0, 0.5): np.array(right[1]), (4.0, 0.9): np.array(right[0])}
     hits[8.0, 0.9] = np.zeros((2, 4))
@@ -580,7 +569,7 @@ def test_longer_and_few_labels_get_what_they_should(settings, monkeypatch):
     split = make_split(95)
     given = {"SETTINGS": settings, "train_split": split, "val_split": VAL}
     given |= {"splits": (split, VAL), "teacher": "teacher", "lengths": "1 2 4"}
-    given |= {"run_few_labels": True, "fine_tune_teacher": tuned, "replace": replace}
+    given |= {"run_few_labels": True, "fine_tune_teacher": tuned}
     given |= {"train": lambda stage: None, "trial_splits": "held out"}
     given["STUDENTS"] = kd.STUDENTS
     losses = run_cells("def label_loss", "def distilled_loss")
@@ -627,8 +616,7 @@ def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypa
     monkeypatch.setattr(kd, "Stage", Given)
     settings = replace(settings, epochs=20, teacher_epochs=2)
     counts = {"a": 240.0, "b": 7.0, "teacher": 1330.0}
-    given = {"partial": partial, "num_classes": 3, "FlopCounterMode": FlopCounterMode}
-    given |= {"SDPBackend": SDPBackend, "sdpa_kernel": sdpa_kernel}
+    given = {"num_classes": 3}
     given["STUDENTS"] = {"a": tiny, "b": tiny}
     names = run_cells("# @title Multiply-adds of", SETTINGS=settings, **given)
     assert names["count_multiply_adds"](tiny, 32) == 7 * 7 * 8 * 75 + 8 * 3
@@ -640,7 +628,7 @@ def test_alone_gets_the_epochs_that_a_distilled_student_costs(settings, monkeypa
         "count_multiply_adds": lambda build, size: counts[build],
         "lengths": "1 2",
     }
-    given |= {"product": product, "replace": replace, "splits": ((), VAL)}
+    given |= {"splits": ((), VAL)}
     given |= {"train": lambda stage: None, "label_loss": len}
     given["affordable_epochs"] = names["affordable_epochs"]
     run_cells("adds = {n:", **given)
@@ -659,7 +647,7 @@ def test_estimate_of_minutes_counts_every_pass(settings):
     given = {"count_multiply_adds": lambda build, size: build * size * 1e6}
     given["BUILDS"] = {"Custom CNN": 2, "LeNet-5": 1, "teacher": 10}
     small = {"image_size": 96, "seeds": (0, 1, 2), "epochs": 16, "teacher_epochs": 1}
-    given |= {"product": product, "affordable_epochs": lambda *_: 20}
+    given |= {"affordable_epochs": lambda *_: 20}
     given["STUDENTS"] = kd.STUDENTS
     cells = "# @title Speeds, and", "# @title The minutes of each part"
     estimate = run_cells(*cells, **given)["estimate"]
@@ -842,12 +830,8 @@ def report(settings, monkeypatch):
     def run(settings=settings):
         shown = []
         given = {"SETTINGS": settings, "val_split": VAL, "is_drawn": False}
-        given |= {"num_classes": 3, "trial_splits": (None, HELD_OUT), "nn": nn}
-        given |= {"product": product, "combinations": combinations, "plt": plt}
-        given |= {"FlopCounterMode": FlopCounterMode, "partial": partial, "re": re}
-        given |= {"SDPBackend": SDPBackend, "sdpa_kernel": sdpa_kernel}
-        given |= {"DATASET": "own-160", "profile": "demo", "json": json}
-        given |= {"asdict": asdict, "STUDENTS": {"tiny": tiny}, "PRETRAINED": {}}
+        given |= {"num_classes": 3, "trial_splits": (None, HELD_OUT), "PRETRAINED": {}}
+        given |= {"DATASET": "own-160", "profile": "demo", "STUDENTS": {"tiny": tiny}}
         given |= {"never_seen": np.arange(24) % 4 == 0, "in_train": PLACE % 5 == 1}
         given["teacher_val_logits"] = ANSWERS["teacher", 0]
         given["Markdown"] = shown.append
@@ -955,7 +939,6 @@ def test_a_student_is_compared_with_a_fine_tuned_one(tmp_path):
     given["paired"] = read_results(tmp_path, VAL)["paired"]
     given |= {"PRETRAINED": {"b": "x.pth"}, "Markdown": shown.append, "in_train": None}
     given |= {
-        "product": product,
         "mean_of": lambda name, arm: 100 * values[name, arm].mean(),
     }
     cells = [
@@ -997,7 +980,7 @@ def test_costs_are_multiply_adds_of_student_and_teacher(settings, report):
 def test_an_alone_of_any_length_is_a_candidate_at_equal_cost():
     epochs = {"alone": 2, "alone ×2": 4, "alone for 3 epochs": 3}
     others = {"alone again": 2, "alone, few labels": 2, "distilled": 2}
-    given = {"ARMS": {"x": [*epochs, *others]}, "re": re, "times_of": len}
+    given = {"ARMS": {"x": [*epochs, *others]}, "times_of": len}
     names = run_cells("# @title The same arm in all", **given)
     names["epochs_of"] = lambda name, arm: {**epochs, **others}[arm]
     assert names["longer_of"]("x") == ["alone", "alone for 3 epochs", "alone ×2"]
@@ -1221,7 +1204,7 @@ def test_arms_of_one_length_have_the_same_epochs():
         for arm, count in epochs.items():
             state = {"history": {"loss": [0.0] * count}}
             students["a", arm] = {0: state}
-        given = {"TRAINED": students, "re": re}
+        given = {"TRAINED": students}
         cells = ["# @title Colours", "# @title Which arms are compared?"]
         return run_cells(*cells, "# @title Which networks and arms", **given)["ARMS"]
 
@@ -1288,7 +1271,7 @@ def test_drawing_of_networks_takes_any_network(settings):
         def forward(self, x):
             return self.head(self.body(x))
 
-    names = run_cells("# @title The maps of a network", SETTINGS=settings, nn=nn)
+    names = run_cells("# @title The maps of a network", SETTINGS=settings)
     maps = [m[:2] for m in names["list_maps"](Wrapped(3))]
     assert maps == [(3, 32), (576, 1), (20, 1), (3, 1)]
     maps = names["list_maps"](kd.LeNet5())
@@ -1312,7 +1295,7 @@ def told(name, code):
     checks["my_step"] = [first, "# @title Check the step"]
     first = "# @title What may be wrong with class means"
     checks["my_class_means"] = [first, "# @title Check the class means"]
-    names = {"F": F, "torch": torch, "nn": nn, "SimpleNamespace": SimpleNamespace}
+    names = {"F": F, "torch": torch, "SimpleNamespace": SimpleNamespace}
     exec(code, names)
     with redirect_stdout(io.StringIO()) as said:
         run_cells(*checks[name], **names)
@@ -1407,8 +1390,7 @@ def test_the_network_that_leaves_is_the_distilled_one_with_its_temperature(setti
         "FITTED": {("tiny", "distilled"): 2.0},
     }
     val = replace(VAL, classes=("a", "b", "Golfba\u0308lle"))
-    given |= {"finished": lambda *key: networks[key], "val_split": val, "json": json}
-    given |= {"unicodedata": unicodedata, "nn": nn, "v2": v2}
+    given |= {"finished": lambda *key: networks[key], "val_split": val}
     settings.runs_dir.mkdir(parents=True)
     images = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).mul(7).to(torch.uint8)
     logits = networks["tiny", "distilled"](kd.normalise(images))
