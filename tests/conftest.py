@@ -68,9 +68,17 @@ def find_cell(start):
     return cell
 
 
-COMMON = {}  # what the notebook imports, as its first cells do
-for start in ("# @title Figures", "# @title Imports", "# @title Import the libraries"):
+COMMON = {"STUDENTS": kd.STUDENTS}  # what most cells use
+for start in (
+    "# @title Figures: sharp",
+    "# @title Imports",
+    "# @title Import the libraries",
+    "# @title The 95 % interval",
+    "# @title How numbers are written",
+    "# @title Intervals as texts",
+):
     exec(find_cell(start), COMMON)
+find_interval = COMMON["find_interval"]
 
 
 def run_cells(*starts, **names):
@@ -91,9 +99,6 @@ def read_results(runs_dir, val):
     ]
     given = {"SETTINGS": kd.Settings(runs_dir=runs_dir), "val_split": val}
     return run_cells(*cells, **given)
-
-
-find_interval = run_cells("# @title The 95 % interval")["find_interval"]
 
 
 def label_loss(student_logits, teacher_logits, targets, recipe):

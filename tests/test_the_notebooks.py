@@ -289,16 +289,10 @@ def test_health_of_the_data_is_told(tmp_path, settings):
     splits = {f"{side}_split": loaded[side] for side in ("train", "val")}
     given = {"loaded": loaded, "folder": tmp_path, "num_classes": 2, **splits}
     given["SETTINGS"] = settings
-    cells = [
-        "# @title The 95 %",
-        "# @title How numbers",
-        "# @title Intervals as",
-        "# @title Which photographs",
-    ]
-    cells += ["# @title Pairs by kind", "# @title What is left", "# @title Advice from"]
-    names = run_cells(
-        *cells, "# @title Sizes and", "# @title Sizes,", Markdown=shown.append, **given
-    )
+    cells = ["# @title Which photographs", "# @title Pairs by kind"]
+    cells += ["# @title What is left", "# @title Advice from"]
+    cells += ["# @title Sizes and", "# @title Sizes,"]
+    names = run_cells(*cells, Markdown=shown.append, **given)
     files = [loaded["val"].paths[place] for place in loaded["val"].places.tolist()]
     copied = [Path(file).stem in ("90", "91") for file in files]
     assert names["in_train"].tolist() == copied
@@ -341,7 +335,6 @@ def test_unlabelled_photographs_are_taught_in_as_many_steps(settings, monkeypatc
     given |= {name: join[name] for name in ("join", "in_both")}
     given |= {"SETTINGS": replace(settings, epochs=49), "no_label_loss": len}
     given |= {"teacher": "teacher", "train": lambda stage: None}
-    given["STUDENTS"] = kd.STUDENTS
     run_cells("unlabelled = loaded", loaded={"unlabelled": rest}, **given)
     [stage] = Given.made
     more, tested = stage.splits
@@ -478,14 +471,8 @@ def test_choices_and_teacher_get_what_they_should(chosen, settings):
 
 def test_a_choice_is_told_with_the_lead_over_the_runner_up(monkeypatch):
     shown, figures = [], show_nothing(monkeypatch)
-    cells = [
-        "# @title The 95 %",
-        "# @title How numbers",
-        "# @title Intervals as",
-        "def best_of",
-    ]
-    cells += ["# @title A choice as a table", "# @title A choice as a figure"]
-    names = run_cells(*cells, Markdown=shown.append)
+    cells = "# @title A choice as a table", "# @title A choice as a figure"
+    names = run_cells("def best_of", *cells, Markdown=shown.append)
     right = [[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 0, 0]]
     hits = {(2.0, 0.5): np.array(right[1]), (4.0, 0.9): np.array(right[0])}
     hits[8.0, 0.9] = np.zeros((2, 4))
@@ -511,7 +498,6 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
     given = {
         "teacher": lambda images: images.mean((1, 2, 3)).view(-1, 1) * weights,
         "train_split": kd.Split(images, [], ("a", "b", "c"), torch.arange(6), targets),
-        "STUDENTS": kd.STUDENTS,
         "SETTINGS": replace(settings, batch_size=6, recipes={"LeNet-5": other}),
         "num_classes": 3,
         "run_few_labels": False,
@@ -546,13 +532,12 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
         "distilled_loss": arms["distilled"],
         "class_mean_loss": arms["class mean"],
     }
-    given |= {"splits": (), "teacher": None, "STUDENTS": kd.STUDENTS}
+    given |= {"splits": (), "teacher": None}
     assert run_cells("LOSSES_2 =", **given)["LOSSES_2"] == arms
     found = names["label_loss"](logits, None, label, recipe).item()
     assert found == pytest.approx(hard[1])
     nothing = SimpleNamespace(Stage=Mock(), DEVICE=kd.DEVICE)
     given = {"kd": nothing, "train": Mock(), "SETTINGS": settings, "splits": ()}
-    given["STUDENTS"] = kd.STUDENTS
     names = run_cells("def smoothed_loss", label_loss=len, **given)
     smoothed = names["smoothed_loss"]
     arms = {"alone": len, "smoothed": smoothed}
@@ -571,7 +556,6 @@ def test_longer_and_few_labels_get_what_they_should(settings, monkeypatch):
     given |= {"splits": (split, VAL), "teacher": "teacher", "lengths": "1 2 4"}
     given |= {"run_few_labels": True, "fine_tune_teacher": tuned}
     given |= {"train": lambda stage: None, "trial_splits": "held out"}
-    given["STUDENTS"] = kd.STUDENTS
     losses = run_cells("def label_loss", "def distilled_loss")
     given |= {name: losses[name] for name in ("label_loss", "distilled_loss")}
     names = run_cells("for times in", "def no_label_loss", **given)
@@ -648,7 +632,6 @@ def test_estimate_of_minutes_counts_every_pass(settings):
     given["BUILDS"] = {"Custom CNN": 2, "LeNet-5": 1, "teacher": 10}
     small = {"image_size": 96, "seeds": (0, 1, 2), "epochs": 16, "teacher_epochs": 1}
     given |= {"affordable_epochs": lambda *_: 20}
-    given["STUDENTS"] = kd.STUDENTS
     cells = "# @title Speeds, and", "# @title The minutes of each part"
     estimate = run_cells(*cells, **given)["estimate"]
     found = estimate(kd.Settings(**small, trial_epochs=16), 1e9, 9025)
@@ -838,13 +821,7 @@ def report(settings, monkeypatch):
         titles = [source.split("\n")[0] for source in code_cells()]
         first = titles.index("# @title What the finished stages left")
         last = titles.index("# @title Your own photograph")
-        before = [
-            "# @title Colours",
-            "# @title The 95 %",
-            "# @title How numbers",
-            "# @title Intervals as",
-            "# @title Multiply-adds of",
-        ]
+        before = ["# @title Colours", "# @title Multiply-adds of"]
         before += ["# @title Tables of shares", "# @title The photograph to look at"]
         titles = before + titles[first:last]
         given = run_cells(**given)
@@ -941,14 +918,8 @@ def test_a_student_is_compared_with_a_fine_tuned_one(tmp_path):
     given |= {
         "mean_of": lambda name, arm: 100 * values[name, arm].mean(),
     }
-    cells = [
-        "# @title The 95 %",
-        "# @title How numbers",
-        "# @title Intervals as",
-        "# @title What a verdict",
-    ]
-    cells += ["# @title Against a network", "# @title Which small network"]
-    run_cells(*cells, **given)
+    cells = "# @title Against a network", "# @title Which small network"
+    run_cells("# @title What a verdict", *cells, **given)
     lead = write(100 * (values["a", "distilled"] - values["b", "alone"]), 1, "+")
     told = f"- a, distilled, is ahead of b, alone: {lead} points."
     assert shown[0].splitlines()[-1] == told and lead.startswith("+60.0 [")
@@ -1098,7 +1069,7 @@ def test_rank_correlation_shares_ranks_and_has_the_bootstraps_interval(alike):
             states["x", arm] = {s: {"logits": each} for s, each in enumerate(draws)}
     given = {"num_classes": 3, "truth": truth, "model_logits": model, "TAUGHT": []}
     given |= {"TRAINED": states, "Markdown": str}
-    cells = ["# @title The 95 %", "# @title Confusions", "# @title Are the students"]
+    cells = ["# @title Confusions", "# @title Are the students"]
     cells += ["# @title New draws", "# @title The rank corr"]
     names = run_cells(*cells, **given)
     assert names["ranks"](np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
@@ -1221,11 +1192,7 @@ def test_arms_of_one_length_have_the_same_epochs():
     [(90, 1, "helps"), (90, -1, "hurts"), (79, 1, "no fair test"), (10, -1, "hurts")],
 )
 def test_to_beat_a_cheaper_one_is_no_verdict(share, lead, expected):
-    cells = (
-        "# @title The 95 %",
-        "# @title What a verdict means",
-        "# @title At equal cost",
-    )
+    cells = "# @title What a verdict means", "# @title At equal cost"
     given = {"BOTH": [], "Markdown": str}
     verdict_at = run_cells(*cells, **given)["verdict_at"]
     assert verdict_at(share, np.full((2, 9), lead)) == expected
@@ -1250,9 +1217,7 @@ def test_an_arm_of_another_length_is_refused_by_name(settings, report):
 
 
 def test_a_value_that_rounds_to_0_shows_its_deciding_digit():
-    names = run_cells(
-        "# @title The 95 %", "# @title How numbers", "# @title Intervals as"
-    )
+    names = run_cells()
     gains = np.full((2, 4000), 0.0)
     gains[:, 0] = 1
     assert names["points"](gains).startswith("+0.03 [-0.02, +0.07")
