@@ -62,6 +62,8 @@ def test_archive_is_downloaded_when_its_folder_is_not_there(tmp_path, serve):
     assert urls.count("https://x/tiny.tgz") >= 1
     count = len(urls)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    (folder / "val/b/.DS_Store").touch()  # as a Mac does: it is not counted
+    kd.download_dataset("tiny", tmp_path)
     (folder / "val/b/x.JPEG").unlink()
     with pytest.raises(ValueError, match=r"tiny holds \(2, 1\) images, not \(2, 2\)"):
         kd.download_dataset("tiny", tmp_path)
@@ -230,12 +232,15 @@ def test_a_chain_of_copies_stays_together_and_sides_have_their_sizes(monkeypatch
     split = make_split(60)
     train, val = kd.split_off(split)
     assert val.targets.bincount().sum() == 3 * 4  # a fifth of 20 photographs a class
+    assert val.places.max() > 30  # by chance, not the first ones
     assert sorted([*train.places.tolist(), *val.places.tolist()]) == list(range(60))
     for together in ({0, 3, 5, 9}, {20, 21, 22}):
         assert len(together & set(val.places.tolist())) in (0, len(together))
     pairs = torch.arange(60).view(2, 30).T  # each has one copy
     monkeypatch.setattr(kd, "find_copies", lambda split: pairs)
     assert len(kd.split_off(split)[1]) == 12
+    pairs = pairs[:0]
+    assert len(kd.split_off(make_split(6))[1]) == 3  # one of two
     part = split.subset(torch.arange(9)).subset(torch.arange(3))
     assert part.whole is split and part.places.tolist() == [0, 1, 2]
 
@@ -283,6 +288,8 @@ def test_copies_on_both_sides_of_imagewoof_are_found(tmp_path):
     with tarfile.open(SHARED) as tar:
         tar.extractall(tmp_path, filter="data")
     splits = kd.load_splits(tmp_path / "imagewoof2-160", 32)
+    sizes = len(splits["train"]), len(splits["val"])
+    assert kd.DATASETS["imagewoof2-160"][1] == sizes
     names = {"join": None, "in_both": None}
     given = {
         "train_split": splits["train"],

@@ -392,6 +392,12 @@ def test_stage_of_other_data_parts_or_settings_is_another(exact, settings, teach
     part = make_split().subset(torch.arange(47))
     assert told(splits=(part, val)).startswith("learns from was")
     assert "teacher was none and is" in told(teacher=teacher)
+    smooth = tiny(3, nn.SiLU).to(kd.DEVICE)  # the same weights do something else
+    smooth.load_state_dict(teacher.state_dict())
+    pair = [make_stage(one, teacher=network).record for network in (teacher, smooth)]
+    assert "taught: answers changed" in kd.differences(*pair)
+    half = make_stage(one, teacher=copy.deepcopy(teacher).half()).teacher
+    assert half[0].weight.dtype is torch.float32
     numbers = {"batch_size": 24, "epochs": 3, "min_crop": 0.5, "stream_seed": 9}
     numbers |= {"weight_decay": 0.2, "seeds": (1,)}
     for name, number in numbers.items():
