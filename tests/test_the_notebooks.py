@@ -102,7 +102,8 @@ def test_every_number_of_the_readme_was_printed():
 
 
 def test_first_screen_shows_the_published_run_or_the_latest(tmp_path, monkeypatch):
-    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KD_RUNS_DIR", "~")
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     cell, readme = (
         "# @title The result of the latest run",
@@ -987,9 +988,10 @@ def test_report_gives_gains_and_verdicts(settings, report, monkeypatch):
     # A seed without a gain is not won; a report without the teacher
     monkeypatch.setitem(ANSWERS, ("distilled", 0), ANSWERS["alone", 0])
     make_study(settings)
-    for name in ("teacher", "few labels, teacher", "few labels"):
+    for name in ("teacher", "few labels, teacher"):
         (settings.runs_dir / f"{name}.pt").unlink()
     texts, _ = report()
+    assert f"{level('distilled, few labels')} | – |" in starting(texts, "Alone with a")
     assert "| 1 of 2 |" in starting(texts, "Did it help")
     assert starting(texts, "At equal cost").startswith("This needs both experiments")
 
