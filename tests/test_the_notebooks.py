@@ -597,6 +597,23 @@ def test_losses_of_arms_are_those_of_plain_formulas(settings):
         assert names["attention_loss"](*[None] * 4).item() == pytest.approx(gap + 1)
 
 
+def test_figures_of_the_idea(settings, monkeypatch):
+    figures, drawn = show_nothing(monkeypatch), Mock()
+    cells = "# @title Answers at several temp", "student_logits = torch"
+    run_cells(*cells, "# @title The gradient of")
+    lines = [line.get_ydata() for line in figures[0].axes[0].lines]
+    sizes, T = np.array([0.27, 0.47, 0.61, 0.68, 0.71]), 2.0 ** np.arange(5)
+    assert lines[0] == pytest.approx(sizes, abs=0.005)  # with T²
+    assert lines[1] == pytest.approx(sizes / T**2, abs=0.005)
+
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 1.0, 5.0]])
+    given = {"teacher": lambda views: logits.to(views.device), "val_split": VAL}
+    given |= {"find_example": lambda: (0, [2, 0, 1], "abc"), "draw_shares": drawn}
+    run_cells("# @title Three views of it", SETTINGS=settings, **given)
+    expected = softmax(logits)[:, [2, 0, 1]].T  # a column is a view
+    assert np.allclose(drawn.call_args[0][1], expected)
+
+
 def test_longer_and_few_labels_get_what_they_should(settings, monkeypatch):
     settings = replace(settings, teacher="resnet18", teacher_weights=None)
     Given.made, tuned = [], Mock(return_value="few teacher")
