@@ -196,7 +196,7 @@ def test_profiles_networks_and_folders_are_chosen_by_name(
         others = found.batch_size, found.min_crop, found.weight_decay
         assert others == (64, 0.35, 0.05)
         recipes = found.recipe_of("LeNet-5"), found.recipe_of("teacher").learning_rate
-        assert recipes == (kd.Recipe(0.002, 8.0, 0.9), 2e-4)  # README names the former
+        assert recipes == (kd.Recipe(0.004, 8.0, 0.9), 2e-4)
         assert found.dataset == "own/demo" and found.runs_dir.name == f"demo-{profile}"
     assert ("No GPU" in capsys.readouterr().out) == (kd.DEVICE.type == "cpu")
     with pytest.raises(ValueError, match="'tpu' is none of full, small, demo"):
