@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # tensorboard 2.21.0, EventAccumulator, with which one reads the numbers of a log: from
 # 20,000 steps, one expects 20,000 values. It keeps 10,000, drawn at random, without a
-# warning: spikes are lost, a mean over an epoch is
-# that of a sample, and two runs that logged another number of steps no longer pair.
-# All are there with size_guidance={"scalars": 0}.
+# warning: spikes are lost, a mean over an epoch is that of a sample, and two runs that
+# logged another number of steps no longer pair. All are there with
+# size_guidance={"scalars": 0}.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
