@@ -1177,7 +1177,8 @@ def test_report_says_whether_the_teacher_was_followed(settings, report):
     changes = (each("distilled", recalls) - each("alone", recalls)).mean(0)
     widths = [patch.get_width() for patch in bars.axes[0].patches]
     assert widths == pytest.approx(changes.tolist(), abs=1e-4)
-    assert bars.axes[0].get_title() == "classes of 6 to 11 photographs"
+    sizes = "a class has 6 photographs at least, 11 at most"
+    assert bars.axes[0].get_title() == sizes
     labels = [text.get_text() for text in bars.axes[0].get_yticklabels()]
     assert labels == list(VAL.classes)
     share = 100 * confusion(ANSWERS["teacher", 0])
