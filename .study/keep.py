@@ -11,14 +11,20 @@ from pathlib import Path
 import torch
 
 STUDY = Path(__file__).resolve().parent
+TAKEN_AWAY = {("Custom CNN", "alone"), ("Custom CNN", "distilled")}  # of the first seed
 runs = Path(sys.argv[1])
 
 for path in sorted(runs.glob("**/students/**/*.pt")):
     packed = STUDY / path.relative_to(runs).with_name(f"{path.name}.xz")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    is_finished = len(saved["seconds"]) == saved["record"]["epochs"]
-    is_teacher = any(network == "teacher" for network, _, _ in saved["students"])
-    if is_finished and not is_teacher and not packed.exists():
+    record = saved["record"]
+    is_finished = len(saved["seconds"]) == record["epochs"]
+    first = record["seeds"][0] if record["keep_weights"] else None
+    needs_weights = any(
+        network == "teacher" or (seed == first and (network, arm) in TAKEN_AWAY)
+        for network, arm, seed in saved["students"]
+    )
+    if is_finished and not needs_weights and not packed.exists():
         for state in saved["students"].values():
             state.pop("network", None)
         content = BytesIO()
