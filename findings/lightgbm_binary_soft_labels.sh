@@ -37,6 +37,7 @@ def xgboost_learns(objective):
 
 def catboost_learns(loss):
     settings = {"loss_function": loss, "verbose": 0, "thread_count": 1}
+    settings["allow_writing_files"] = False
     model = catboost.CatBoost(settings).fit(features, teacher)
     return model.predict(features, prediction_type="Probability")[:, 1]
 
