@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LightGBM 4.7.0 as a student that learns a teacher's probabilities: its objective
-# "binary" takes labels such as 0.2 without an error or a warning. One expects it to learn
+# "binary" takes labels such as 0.2 without an error. One expects it to learn
 # them, as XGBoost's binary:logistic does. But it counts every label above 0 as a positive
 # one: from a teacher that never says more than 35 %, it learns to answer 100 % to
 # everything. Its objective "cross_entropy" learns the probabilities. (CatBoost refuses

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # onnxconverter-common 1.16.0, convert_float_to_float16: float16 reaches 65,504, so one
 # expects that weights up to there are kept. By default all beyond 10,000 become 10,000
-# (max_finite_val), with a warning among others about tiny numbers. In a batch
-# normalisation whose running variance is 20,000 or 60,000, as behind a first convolution
-# that reads 0 to 255, the answers are wrong by 41 % and by 145 %, with no nan or inf.
+# (max_finite_val), with a warning. In a batch normalisation whose running variance is
+# 20,000 or 60,000, the answers are wrong by 41 % and by 145 %, with no nan or inf.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
