@@ -131,6 +131,10 @@ def test_first_screen_shows_the_published_run_or_the_latest(tmp_path, monkeypatc
     png, shown = run_cells("# @title Figures: sharp")["encode"](figures[0])
     width, height = Image.open(io.BytesIO(png)).size  # at double density
     assert shown == {"width": width // 2, "height": height // 2}
+    chance = np.random.default_rng(0).random((300, 300, 3))
+    plt.figure().gca().imshow(chance)  # a photograph's file would be large
+    png, shown = run_cells("# @title Figures: sharp")["encode"](plt.gcf())
+    assert (shown["width"], shown["height"]) == Image.open(io.BytesIO(png)).size
 
 
 # ── Without one of the experiments ────────────────────────────────────────
