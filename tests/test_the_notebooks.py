@@ -321,7 +321,7 @@ def test_health_of_the_data_is_told(tmp_path, settings, monkeypatch):
     figures = show_nothing(monkeypatch)
     names = run_cells(*cells, Markdown=shown.append, **given)
     titles = [axis.get_title() for axis in figures[0].axes[:4]]
-    assert titles == ["train: a", "val: a", "train: a", "val: b"]
+    assert titles == ["train:\na", "val:\na", "train:\na", "val:\nb"]
     photos, *views = np.split(figures[1].axes[0].images[0].get_array(), 3)
     assert not any(np.allclose(view, photos) for view in views)
     files = [loaded["val"].paths[place] for place in loaded["val"].places.tolist()]
