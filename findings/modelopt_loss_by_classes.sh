@@ -2,14 +2,14 @@
 # NVIDIA modelopt 0.47.0: LogitsDistillationLoss names the paper of Hinton et al. (2015).
 # One expects T² times the KL divergence, averaged over the images. Its default divides by
 # the number of classes as well: with 10 classes it is a tenth, with 1,000 a thousandth. So
-# StaticLossBalancer's "half and half" is almost the labels alone.
+# StaticLossBalancer's "half and half" is mostly the labels, with 1,000 classes only they.
 # reduction="batchmean" gives the paper's loss.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q nvidia-modelopt==0.47.0 torch==2.14.1 numpy==2.4.6 \
-    huggingface_hub==2.4.0
+    huggingface_hub==2.4.0 requests==2.34.2
 "$folder/venv/bin/python" -W ignore - <<'PYTHON'
 import modelopt.torch.distill as distill
 import torch
