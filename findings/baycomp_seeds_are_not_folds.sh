@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# baycomp 1.0.3, two_on_single: from the accuracies of two networks, "the probability that
-# the second is better". One has five seeds a network, and expects the posterior of a
+# baycomp 1.0.3, two_on_single: from the accuracies of two networks, the probability that
+# the second is better. One has five seeds a network, and expects the posterior of a
 # paired t-test. It takes the five for the folds of one cross-validation, whose training
 # sets overlap, and adds 1 / (n - 1) to the variance's 1 / n: for five seeds 2.25 times the
 # variance, and the probability that the gain is not above 0 is 0.019 in place of 0.005.

@@ -5,7 +5,6 @@
 #   2,000 steps, beta = 0.999 and 0.9999 give the same average.
 # - It is updated at every tenth step alone: with beta = 0.9, it lags 99 steps behind the
 #   student in place of 9.
-# In the first 100 steps it is a copy of the student.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # skorch 1.4.0: in a NeuralNet, the natural place for a frozen teacher is the criterion
-# (criterion__teacher=...), which is made once and lies on the right device. One expects a
-# teacher in eval() to stay so, as a loss has no modes. Before each step skorch calls
-# train() on the criterion, too: the teacher answers with dropout, and its batch
-# normalisation follows the student's batches, whether or not its weights are frozen. The
-# optimiser gets the teacher's weights along with the student's.
+# (criterion__teacher=...). One expects a teacher in eval() to stay so, as a loss has no
+# modes. Before each step skorch calls train() on the criterion, too: the teacher answers
+# in training mode, and its batch normalisation follows the student's batches although its
+# weights are frozen. The optimiser gets the teacher's weights along with the student's.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# timm 1.0.31, create_scheduler_v2(sched="cosine", num_epochs=20, warmup_epochs=5), as in
-# its train.py: one expects a rise to the learning rate of the optimiser, then a cosine
-# from there, as elsewhere. The cosine begins with the first epoch, under the warm-up, and
+# timm 1.0.31, create_scheduler_v2(sched="cosine", num_epochs=20, warmup_epochs=5):
+# one expects a rise to the learning rate of the optimiser, then a cosine from there. The
+# cosine begins with the first epoch, under the warm-up, and
 # is met where it has come to: the highest rate of all is 85 % of the one that was asked
 # for. After a warm-up of 10 epochs, it falls from 90 % to 50 % within one epoch. With
 # warmup_prefix=True the whole rate is reached, and 5 epochs are added.

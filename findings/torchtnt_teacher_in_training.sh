@@ -4,14 +4,16 @@
 # It does so with every module that is an attribute of the unit: while the student learns,
 # the teacher answers in training mode, and its batch normalisation follows the student's
 # batches. After the loop it says eval() again, so that a check before and after sees
-# nothing. The teacher is also part of app_state, which checkpoints save.
+# nothing. The teacher is also part of the unit's app_state.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q torchtnt==0.2.4 torch==2.14.1 numpy==2.4.6 \
     setuptools==80.9.0
-"$folder/venv/bin/python" -W ignore - 2> /dev/null <<'PYTHON'
+"$folder/venv/bin/python" -W ignore - <<'PYTHON'
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchtnt.framework.train import train
 from torchtnt.framework.unit import TrainUnit
 
+logging.disable(logging.WARNING)  # on argument names
 torch.manual_seed(0)
 data = TensorDataset(torch.randn(256, 20) + 1)
 
@@ -50,7 +53,7 @@ train(unit, DataLoader(data, batch_size=32), max_epochs=2)
 moved = (unit.teacher[1].running_mean - before).abs().max()
 print(f"the teacher is in training mode: before {mode}, after {unit.teacher.training}")
 print(f"in the steps {unit.modes}; its running mean moved by {moved:.2f}")
-print(f"saved: {list(unit.app_state())}")
+print(f"app_state: {list(unit.app_state())}")
 assert not mode and not unit.teacher.training, "this has changed"
 assert unit.modes == {True} and moved > 0.1, "this has changed"
 assert "teacher" in unit.app_state(), "this has changed"
