@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # albumentations 2.0.8: one expects random.seed and np.random.seed, called before, to make
-# a Compose repeat its views. Both are without effect: two runs with the same seeds see
-# other views. Only Compose(..., seed=0) repeats. A study that seeds "everything" compares
-# its arms on different pictures.
+# a Compose repeat its views. Both are without effect: after the same seeds, a second
+# Compose gives other views. Compose(..., seed=0) repeats them. A study that seeds
+# "everything" compares its arms on different pictures.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # captum 0.9.0, LayerGradCam: one expects the map of the paper (Selvaraju et al., 2017),
 # which ends with a ReLU, so that it shows only what speaks *for* a class. By default
-# captum leaves the ReLU out: the map has negative places, and |map|, or its square as
-# attention transfer has it, counts what speaks against a class as attention. With
+# captum leaves the ReLU out: the map has negative places, and |map|, or its square,
+# takes what speaks against a class for attention. With
 # relu_attributions=True it is the paper's.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -27,6 +27,10 @@ of_gains = gains.mean() / gains.std(ddof=1)
 limit, df = stats.t.ppf(0.975, 4), 4
 right = stats.nct.sf(limit, df, of_gains * np.sqrt(5))
 print(f"by hand, from the spread of the gains: d {of_gains:.2f}, power {right:.2f}")
+spread = np.sqrt((alone.var(ddof=1) + (alone + gains).var(ddof=1)) / 2)
+same = stats.nct.sf(limit, df, gains.mean() / spread * np.sqrt(5))
+print(f"from the spread of the accuracies: d {gains.mean() / spread:.2f}, power {same:.2f}")
 assert p < 1e-4 and right > 0.99, "this has changed"
-assert d < 1 and 0.3 < power < 0.4, "this has changed"
+assert np.isclose(d, gains.mean() / spread), "this has changed"
+assert np.isclose(power, same, atol=0.01) and power < 0.4, "this has changed"
 PYTHON

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # safetensors 0.8.0: one expects save_file(network.state_dict(), path) to save every
 # network. One whose convolutions are channels_last is refused: "non contiguous". With 1×1
-# convolutions only, it is saved. save_model saves both, and load_model fills a
-# channels_last network rightly.
+# convolutions only, it is saved. save_model saves the first one, too, and load_model
+# fills a channels_last network rightly.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -47,8 +47,9 @@ assert "non contiguous" in found.pop((3, "channels_last")), "this has changed"
 assert set(found.values()) == {"saved"}, "this has changed"
 network, other = build(3, "channels_last"), build(3, "channels_last")
 save_model(network, f"{sys.argv[1]}/model.safetensors")
-load_model(other, f"{sys.argv[1]}/model.safetensors")
 images = torch.rand(2, 3, 8, 8)
+assert not torch.equal(network(images), other(images))
+load_model(other, f"{sys.argv[1]}/model.safetensors")
 assert torch.equal(network(images), other(images))
 assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
 print("save_model, load_model: the same answers, still channels_last")

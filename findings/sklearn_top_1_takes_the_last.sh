@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # scikit-learn 1.9.1: one expects top_k_accuracy_score with k=1 to be the accuracy. Where
-# two classes have the same score, it takes the *later* class, and argmax the first. Ties
+# two classes have the same score, it takes the *last* of them, and argmax the first. Ties
 # are no rarity: bfloat16 has a precision of eight bits. Here, the same made-up
-# logits give two accuracies; a network that says the same about every class is right
-# about the last one, and with argmax about the first.
+# logits, of about 6, give two accuracies; a network that says the same about every class is
+# right about the last one only.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # timm 1.0.31, RandAugment: one expects a larger magnitude, the m of rand-m9-mstd0.5, to
 # change a photograph more. For "posterize" and "solarize" it is the other way round: they
-# change it most at low magnitudes, and "solarize" at 10 not at all. inc1 at the end of the
-# name turns them round. torchvision's RandAugment grows with its magnitude as it is.
+# change it most at low magnitudes, and "solarize" at 10 not at all. With inc1 at the end
+# of the name, timm takes two others, which grow, as torchvision's own two do.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -17,7 +17,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from timm.data.auto_augment import rand_augment_ops
+from timm.data.auto_augment import rand_augment_ops, rand_augment_transform
 from torchvision.transforms import RandAugment
 
 print("timm", timm.__version__, "and torchvision", torchvision.__version__)
@@ -37,6 +37,12 @@ class Only(RandAugment):
         return {self.name: space[self.name]}
 
 
+ops = rand_augment_transform("rand-m9-inc1", {"translate_const": 10}).ops
+assert {"PosterizeIncreasing", "SolarizeIncreasing"} < {op.name for op in ops}
+[solarize] = rand_augment_ops(10, transforms=["Solarize"])
+solarize.prob = 1.0
+print(f"  Solarize, timm, at 10: {change(solarize(photo))}")
+assert change(solarize(photo)) == 0, "this has changed"
 for name in ("Posterize", "Solarize"):
     found = {}
     for kind, options in (("timm", {}), ("timm, inc1", {"increasing": True})):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# timm 1.0.31: one expects create_optimizer_v2(model, "sgd") and (model, "adamw") to be
+# timm 1.0.31: one expects create_optimizer_v2(weights, "sgd") and (weights, "adamw") to be
 # torch.optim.SGD and AdamW with their defaults, but for the momentum. "sgd" uses
-# Nesterov's momentum; the usual one is called "momentum". And both decay no weights,
-# AdamW neither, whose default in torch is 0.01.
+# Nesterov's momentum; the usual one is called "momentum". Neither decays any weights, not
+# even AdamW, whose default in torch is 0.01.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -36,5 +36,6 @@ plain, _ = two_steps(lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9)
 default = two_steps(torch.optim.AdamW)[1]["weight_decay"]
 print(f"torch: SGD with momentum 0.9 {plain}, AdamW's weight decay {default}")
 assert found["sgd"][1] and found["sgd"][0] != plain == found["momentum"][0], "changed"
-assert found["adamw"][2] == 0 and default == 0.01, "this has changed"
+assert found["adamw"][0] == 0.8 and found["adamw"][2] == 0, "this has changed"
+assert found["sgd"][2] == 0 and default == 0.01, "this has changed"
 PYTHON

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # torch 2.14.1: forward hooks keep a student's maps in a dictionary, to compare them with
 # a teacher's. One expects a copy of the student, such as the running average that
-# AveragedModel makes, to have nothing to do with that. copy.deepcopy copies the hooks,
-# too, and they still write to the *original's* dictionary: once the average has answered,
-# the student's maps are those of the average.
+# AveragedModel makes, to have nothing to do with that. The copy has the same hook, a
+# function, which writes to the *original's* dictionary: once the average has answered, the
+# student's maps are those of the average.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
