@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # timm 1.0.31 and Pillow 13.0.0: one expects timm's best known augmentation,
-# rand-m9-mstd0.5-inc1, to run with Pillow 13 as it did with Pillow 12. Once in some
+# rand-m9-mstd0.5-inc1, to run with Pillow 13 as it did with Pillow 12. Once in several
 # hundred images it draws a magnitude of 10 for "posterize", which asks Pillow to keep 0 bits.
 # Pillow 12 made a black picture of that, Pillow 13 raises a ValueError, and the epoch ends
 # there. Without inc1, this recipe never draws it.
