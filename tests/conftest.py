@@ -247,7 +247,7 @@ RIGHT = {  # whose answers are right, by arm, for seed 0 and seed 1: all differe
     "few labels, teacher": (PLACE % 7 > 1,),
 }
 SURE = torch.where(PLACE % 5 < 2, 4.0, 1.5)  # of an answer: its logit
-SURE[[8, 9]] = torch.tensor([1.6, 2.5])  # one more in a bin, and a rare bin
+SURE[[7, 8, 9]] = torch.tensor([2.9, 1.6, 2.5])  # the teacher is wrong; a rare bin
 
 
 def answer(right, wrong=1, split=VAL):
