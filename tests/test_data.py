@@ -130,8 +130,10 @@ def test_own_folder_keeps_its_names_and_what_is_no_image_is_left_out(tmp_path):
     train = folder / "train"
     (train / "n03888257/trip/2").mkdir(parents=True)
     (train / "n03888257/trip/2/deep.JPEG").write_bytes(photograph(120))
-    (train / ".ipynb_checkpoints").mkdir()
-    hidden = ".ipynb_checkpoints/x.jpg", "n01440764/._one.jpg", "n01440764/.DS_Store"
+    for folders in (".ipynb_checkpoints", "n01440764/.trash"):
+        (train / folders).mkdir()
+    hidden = ".ipynb_checkpoints/x.jpg", "n01440764/.trash/x.jpg"
+    hidden += "n01440764/._one.jpg", "n01440764/.DS_Store"
     others = "notes.txt", "n01440764/notes.txt", "n03888257/film.mp4", "loose.jpg"
     for name in (*hidden, *others):
         (train / name).write_bytes(photograph(200))
