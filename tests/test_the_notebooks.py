@@ -225,6 +225,11 @@ def test_profiles_networks_and_folders_are_chosen_by_name(
         assert found["run_all"] == auto[1]
     found = choose("own", "full", LENGTHS="1 4", RUN_FEW_LABELS="no")
     assert found["lengths"] == "1 4" and not found["run_few_labels"]
+    colab = SimpleNamespace(drive=Mock())
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    folder = choose("own", "full", KEEP_ON_DRIVE=True)["SETTINGS"].runs_dir
+    assert str(folder) == "/content/drive/MyDrive/VK_KD/own-full"
+    colab.drive.mount.assert_called_once_with("/content/drive")
     # What cannot be had fails at the start, not an hour later
     for form in ({"TEACHER": "resnet51:IMAGENET1K_V1"}, {"NETWORKS": "resnet51"}):
         with pytest.raises(ValueError, match="Unknown model resnet51"):
@@ -529,6 +534,8 @@ def test_a_choice_is_told_with_the_lead_over_the_runner_up(monkeypatch):
     names["plot_choice"]({"x": hits}, ["T", "α"])
     lines = [line.get_xydata().tolist() for line in figures[0].axes[0].lines]
     assert lines == [[[2, 37.5]], [[4, 62.5], [8, 0]], [[4, 62.5]]]
+    legend = [text.get_text() for text in figures[0].axes[0].get_legend().texts]
+    assert legend == ["α 0.5", "α 0.9", "chosen"]
 
 
 def test_losses_of_arms_are_those_of_plain_formulas(settings):
@@ -619,7 +626,9 @@ def test_figures_of_the_idea(settings, monkeypatch):
     given |= {"find_example": lambda: (0, [2, 0, 1], "abc"), "draw_shares": drawn}
     run_cells("# @title Three views of it", SETTINGS=settings, **given)
     expected = softmax(logits)[:, [2, 0, 1]].T  # a column is a view
-    assert np.allclose(drawn.call_args[0][1], expected)
+    _, shares, *names = drawn.call_args[0]
+    assert np.allclose(shares, expected)
+    assert names == ["abc", ["view 1", "view 2", "view 3"]]
     assert figures[1].axes[0].images[0].get_array().mean((0, 1)).argmax() == 0  # red
 
 
@@ -791,6 +800,10 @@ def test_printed_quality_is_of_the_last_epoch(capsys, monkeypatch):
     curves(students)
     val, train = figures[0].axes[0].lines
     assert val.get_ydata() == pytest.approx([25, 90, 55]) and val.get_linestyle() == "-"
+    assert [*val.get_xdata()] == [1, 2, 3]  # epochs
+    [band] = figures[0].axes[0].collections
+    box = band.get_paths()[0].get_extents().extents  # the lowest and the highest seed
+    assert box == pytest.approx([1, 20, 3, 90])
     assert val.get_label() == "b, val" and train.get_ydata() == pytest.approx([10] * 3)
 
     logits = torch.eye(3)[PLACE // 12]  # never the third class
@@ -1200,6 +1213,8 @@ def test_report_says_whether_the_teacher_was_followed(settings, report):
     changes = (each("distilled", recalls) - each("alone", recalls)).mean(0)
     widths = [patch.get_width() for patch in bars.axes[0].patches]
     assert widths == pytest.approx(changes.tolist(), abs=1e-4)
+    middles = [patch.get_y() + patch.get_height() / 2 for patch in bars.axes[0].patches]
+    assert middles == pytest.approx([0, 1, 2])
     sizes = "a class has 6 photographs at least, 11 at most"
     assert bars.axes[0].get_title() == sizes
     labels = [text.get_text() for text in bars.axes[0].get_yticklabels()]
