@@ -164,7 +164,9 @@ def choose_precision() -> torch.dtype:
 def mixed_precision() -> torch.autocast:
     """A context in which networks compute in the precision that suits the device."""
     precision = choose_precision()
-    return torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32)
+    # With its cache, a loop inside of it would go on with the weights of the first step
+    how = {"enabled": precision != torch.float32, "cache_enabled": False}
+    return torch.autocast(DEVICE.type, precision, **how)
 
 
 @contextmanager

@@ -225,6 +225,16 @@ def test_float16_skips_a_step_but_not_an_epoch(exact, settings, train):
         train(stage)  # two steps of three in an epoch
 
 
+def test_a_loop_inside_of_mixed_precision_learns(exact, settings, train):
+    exact(torch.bfloat16)
+    usual, inside = (make_stage(settings, name=name) for name in ("usual", "inside"))
+    train(usual)
+    with kd.mixed_precision():
+        train(inside)
+    losses = [stage.students[0].history["loss"] for stage in (usual, inside)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_an_epoch_ends_with_few_waits_for_the_device(settings, monkeypatch):
     stage, read = make_stage(settings, networks=kd.STUDENTS), Mock(wraps=torch.clone)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: read(tensor))
