@@ -1,6 +1,7 @@
 """Packs what finished students left, without their weights, for another machine.
 
-python .study/keep.py runs
+python .study/keep.py runs            (in bfloat16)
+python .study/keep.py runs float32
 """
 
 import lzma
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-STUDY = Path(__file__).resolve().parent
+STUDY = Path(__file__).resolve().parent.joinpath(*sys.argv[2:])
 TAKEN_AWAY = {("Custom CNN", "alone"), ("Custom CNN", "distilled")}  # of the first seed
 runs = Path(sys.argv[1])
 
